@@ -1,0 +1,30 @@
+"""Keras optimizers for PyTorch tensors: bit for bit TensorFlow's results, fused into one Triton launch."""
+
+from fused_kopt import errors, optimizers
+from fused_kopt.errors import FusedMismatchError, StaleVariableError, TornStepError
+from fused_kopt.execute import stats
+from fused_kopt.optimizers import SGD, Adadelta, Adagrad, Adam, Adamax, Ftrl, Lion, Nadam, RMSprop
+from fused_kopt.tape import GradientTape
+from fused_kopt.verification import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "Adamax",
+    "Ftrl",
+    "FusedMismatchError",
+    "GradientTape",
+    "Lion",
+    "Nadam",
+    "RMSprop",
+    "StaleVariableError",
+    "TornStepError",
+    "errors",
+    "optimizers",
+    "stats",
+    "verify",
+]

@@ -1,0 +1,83 @@
+"""Flat buffers: one 1-D tensor per slot and bucket, and the per-variable views that enter `weights`."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kopt import layout
+from fused_kopt.layout import Segment
+from fused_kopt.slots import Slot
+
+
+class Bucket:
+    """The variables of one launch: same device, same dtype.
+
+    Slots are owned here, in `flat[name]` (1-D, compute dtype); variables are borrowed. `views[name][i]` is the slot of
+    `variables[i]` in its shape, or None while Keras would not have created it yet.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.compute = layout.compute_dtype(dtype)
+        self.variables: list[Tensor] = []
+        self.segments: list[Segment] = []
+        self.flat: dict[str, Tensor] = {}
+        self.views: dict[str, list[Tensor | None]] = {}
+        self.index: dict[int, int] = {}
+        self.tables: Any = None  # what the Triton executor keeps between launches
+
+    def grown(self, variables: Iterable[Tensor], slots: Iterable[Slot]) -> tuple[list[Tensor], list[Segment], dict[str, Tensor]]:
+        """All that `adopt` needs to hold new variables and slots too. Allocates, publishes nothing."""
+        new = [v for v in variables if id(v) not in self.index]
+        end = self.segments[-1].end if self.segments else 0
+        segments = layout.plan(new, end)
+        total = segments[-1].end if segments else end
+        flat = {}
+        for slot in slots:
+            old = self.flat.get(slot.name)
+            if old is not None and old.numel() == total:
+                continue
+            flat[slot.name] = torch.full((total,), slot.initial, dtype=self.compute, device=self.device)
+            if old is not None:
+                flat[slot.name][: old.numel()] = old
+        return new, segments, flat
+
+    def adopt(self, new: list[Tensor], segments: list[Segment], flat: Mapping[str, Tensor]) -> None:
+        """Publish what `grown` allocated. Existing slot tensors stay the same objects, moved into the new buffers."""
+        self.index.update({id(v): len(self.variables) + i for i, v in enumerate(new)})
+        self.variables += new
+        self.segments += segments
+        self.flat.update(flat)
+        for views in self.views.values():
+            views += [None] * len(new)
+        for name, buffer in flat.items():
+            views = self.views.setdefault(name, [None] * len(self.variables))
+            for segment, view in zip(self.segments, views, strict=True):
+                if view is not None:
+                    view.set_(buffer.untyped_storage(), segment.offset, segment.shape, segment.stride)
+        if new or flat:
+            self.tables = None
+
+    def view(self, name: str, index: int) -> Tensor:
+        """The slot `name` of variable `index`, made visible on first use."""
+        view = self.views[name][index]
+        if view is None:
+            segment = self.segments[index]
+            view = self.flat[name].as_strided(segment.shape, segment.stride, segment.offset)
+            self.views[name][index] = view
+        return view
+
+    def __getstate__(self) -> dict[str, Any]:
+        visible = {name: [view is not None for view in views] for name, views in self.views.items()}
+        return {**self.__dict__, "views": visible, "index": None, "tables": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.index = {id(v): i for i, v in enumerate(self.variables)}
+        visible, self.views = state["views"], {name: [None] * len(self.variables) for name in state["views"]}
+        for name, flags in visible.items():
+            for index in (i for i, flag in enumerate(flags) if flag):
+                self.view(name, index)

@@ -1,0 +1,230 @@
+"""The part of OptimizerV2's contract that takes no step: options, configuration, weights and slots."""
+
+import itertools
+import re
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from fused_kopt import aggregate, hyperparameters, state
+from fused_kopt.execute import Executor
+from fused_kopt.hyperparameters import Hyperparameter, Options
+from fused_kopt.slots import Slot, SlotGroups
+
+_CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
+_counts: dict[str, Iterator[int]] = {}
+
+
+def _unique_name(cls: type) -> str:
+    base = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
+    count = next(_counts.setdefault(base, itertools.count()))
+    return f"{base}_{count}" if count else base
+
+
+class Contract(ABC):
+    """Options, hyperparameters, configuration, weights and slots of an optimizer."""
+
+    learning_rate = Hyperparameter(low=0.0)
+    decay = Hyperparameter(low=0.0)
+    grad_scale: float = 1.0
+    """Every gradient is multiplied by this inside the launch, before clipping: 1 / loss_scale unscales."""
+
+    def __init__(self, name: str | None, learning_rate: Any, options: Options) -> None:
+        hyperparameters.check_options(options)
+        self._clips: dict[str, float | None] = {key: options.get(key) for key in _CLIPS}  # type: ignore[misc]
+        self._transformers: list[Callable[..., Any]] = list(options.get("gradient_transformers") or ())
+        hyperparameters.check_clips(self._clips, self._transformers)
+        self._aggregator: Callable[..., Any] = options.get("gradient_aggregator") or aggregate.all_reduce_sum
+        self._executor: Executor = options.get("executor", "auto")
+        self.verify_every = options.get("verify_every", 0)
+        self._name = name or _unique_name(type(self))
+        self._hyper: dict[str, Any] = {}
+        self._hypers_created = False
+        self._initial_decay = options.get("decay", 0.0)
+        self._state = state.State()
+        self._lock = threading.RLock()
+        self._stepping = False
+        self._torn = False
+        lr = options.get("lr")
+        self.learning_rate = learning_rate if lr is None else lr
+        self.decay = self._initial_decay
+
+    @abstractmethod
+    def slot_groups(self) -> SlotGroups:
+        """The slots, in groups that give Keras's weight order."""
+
+    # Configuration.
+
+    @abstractmethod
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments as JSON-able values, in Keras's key order. Functions and the executor are left out."""
+
+    def _config(self, **own: Any) -> dict[str, Any]:
+        """The common keys, then a class's own."""
+        clips = {key: value for key, value in self._clips.items() if value is not None}
+        rate = hyperparameters.serializable(self._hyper["learning_rate"])
+        return {"name": self._name, **clips, "learning_rate": rate, "decay": self._initial_decay, **own}
+
+    def _value(self, name: str) -> Any:
+        """A hyperparameter for get_config: as given until it is live, then its float32 value."""
+        return hyperparameters.serializable(self._hyper[name])
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
+        """An optimizer from get_config's dict (left as it is); `custom_objects` may name schedule classes."""
+        from fused_kopt.optimizers import schedules
+
+        config = dict(config)
+        if "lr" in config:
+            config["learning_rate"] = config.pop("lr")
+        if isinstance(config.get("learning_rate"), dict):
+            config["learning_rate"] = schedules.deserialize(config["learning_rate"], custom_objects)
+        return cls(**config)
+
+    @property
+    def lr(self) -> Any:
+        """Alias of `learning_rate`."""
+        return self.learning_rate
+
+    @lr.setter
+    def lr(self, value: Any) -> None:
+        self.learning_rate = value
+
+    @property
+    def clipnorm(self) -> float | None:
+        """Limit on the norm of each gradient, or None."""
+        return self._clips["clipnorm"]
+
+    @clipnorm.setter
+    def clipnorm(self, value: float | None) -> None:
+        self._set_clip("clipnorm", value)
+
+    @property
+    def clipvalue(self) -> float | None:
+        """Limit on the magnitude of each gradient element, or None."""
+        return self._clips["clipvalue"]
+
+    @clipvalue.setter
+    def clipvalue(self, value: float | None) -> None:
+        self._set_clip("clipvalue", value)
+
+    @property
+    def global_clipnorm(self) -> float | None:
+        """Limit on the norm of all gradients together, or None."""
+        return self._clips["global_clipnorm"]
+
+    @global_clipnorm.setter
+    def global_clipnorm(self, value: float | None) -> None:
+        self._set_clip("global_clipnorm", value)
+
+    def _set_clip(self, name: str, value: float | None) -> None:
+        clips = {**self._clips, name: value}
+        hyperparameters.check_transformers(clips, self._transformers)
+        self._clips = clips
+
+    @property
+    def gradient_transformers(self) -> list[Callable[..., Any]]:
+        """Functions from pairs to pairs, applied in order after aggregation."""
+        return self._transformers
+
+    @gradient_transformers.setter
+    def gradient_transformers(self, value: Sequence[Callable[..., Any]] | None) -> None:
+        hyperparameters.check_transformers(self._clips, value or ())
+        self._transformers = list(value or ())
+
+    @property
+    def gradient_aggregator(self) -> Callable[..., Any]:
+        """Function of the pairs that returns them aggregated over the replicas."""
+        return self._aggregator
+
+    @property
+    def executor(self) -> Executor:
+        """ "auto", "reference" or "triton"; may be changed between steps."""
+        return self._executor
+
+    @executor.setter
+    def executor(self, value: Executor) -> None:
+        hyperparameters.check_options({"executor": value})
+        self._executor = value
+
+    # State.
+
+    @property
+    def iterations(self) -> Tensor:
+        """The number of steps taken: 0-d int64 tensor, created on first use. May be set only before it exists."""
+        return self._state.make_iterations()
+
+    @iterations.setter
+    def iterations(self, value: Tensor | int) -> None:
+        if self._state.iterations is not None:
+            raise RuntimeError(
+                "Cannot set `iterations` to a new Variable after the Optimizer weights have been created. Use set_weights()."
+            )
+        self._state.make_iterations().fill_(int(value))
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The live list of iterations and slots, in Keras's order."""
+        return self._state.weights
+
+    def variables(self) -> list[Tensor]:
+        """The same list as `weights`."""
+        return self._state.weights
+
+    def get_weights(self) -> list[Any]:
+        """The weights as numpy: iterations (np.int64), then the slots, in Keras's order."""
+        with self._lock:
+            return [state.to_numpy(weight) for weight in self._state.weights]
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Write values (numpy arrays or tensors) into the weights, in the order of `weights`.
+
+        Raises ValueError for a wrong count or shape, AttributeError for items without shape, TypeError for values that
+        are not numbers; nothing is written then. An optimizer has weights only after its first step.
+        """
+        with self._lock:
+            state.assign(self._name, self._state.weights, self._compatible(weights))
+            self._torn = False
+
+    def _compatible(self, weights: Sequence[Any]) -> Sequence[Any]:
+        """Weight lists of Keras's V1 optimizers, made to fit (Adam, RMSprop, Adagrad, Adadelta)."""
+        return weights
+
+    def get_slot_names(self) -> list[str]:
+        """The names of the slots that exist."""
+        return self._state.slot_names()
+
+    def get_slot(self, var: Tensor, slot_name: str) -> Tensor:
+        """The slot of a variable, in its shape; float32 (float64 for float64 variables). KeyError if there is none."""
+        slot = self._state.slot(var, slot_name)
+        if slot is None:
+            raise KeyError(f"No slot {slot_name!r} for this variable {tuple(var.shape)}. Slots: {self.get_slot_names()}.")
+        return slot
+
+    def add_slot(self, var: Tensor, slot_name: str, initializer: state.Initializer = "zeros", shape: Sequence[int] | None = None) -> Tensor:
+        """The slot of a variable, created if it does not exist and appended to `weights`.
+
+        initializer: "zeros", "ones", a number, a tensor or a callable of (shape, dtype=). shape: default the variable's.
+        """
+        with self._lock:
+            return self._state.add_slot(var, Slot(slot_name), shape, initializer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_stepping")}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values)
+        self._lock = threading.RLock()
+        self._stepping = False
+
+
+def without_iterations(weights: Sequence[Any], expected: int) -> Sequence[Any]:
+    """A V1 list, which lacks the iterations, with a 0 in front. Source: Keras's RMSprop, Adagrad and Adadelta."""
+    if len(weights) == expected - 1:
+        return [torch.zeros((), dtype=torch.int64), *weights]
+    return weights

@@ -1,0 +1,13 @@
+"""The package's own exceptions. Everything else is the ValueError, TypeError or RuntimeError that Keras raises."""
+
+
+class StaleVariableError(RuntimeError):
+    """A variable no longer has the shape, dtype or device it had when its slots were made."""
+
+
+class TornStepError(RuntimeError):
+    """An earlier step was interrupted between two launches: some variables were updated, others not."""
+
+
+class FusedMismatchError(RuntimeError):
+    """An executor's result differs from the reference. Raised before anything is written."""

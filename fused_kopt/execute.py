@@ -1,0 +1,158 @@
+"""Executors: the same rule on torch (`reference`) or in one fused launch (`triton`)."""
+
+import functools
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kopt import layout, op
+from fused_kopt.buffers import Bucket
+
+Executor = Literal["auto", "reference", "triton"]
+Chosen = Literal["reference", "triton"]
+EXECUTORS: tuple[Executor, ...] = ("auto", "reference", "triton")
+
+# (p, g, slots, s) -> (p, slots); p, g and slots have one shape and dtype, s holds the step's scalars
+Rule = Callable[[Any, Any, tuple[Any, ...], Any], tuple[Any, tuple[Any, ...]]]
+
+# What one launch may do to a gradient first, with its neutral element: grad_scale, bound, multiplier, divisor, scale.
+NEUTRAL_FACTORS = (1.0, float("inf"), 1.0, 1.0, 1.0)
+
+
+def keep(g: Any, f: Any) -> Any:
+    """The gradient as it is."""
+    return g
+
+
+def scale_and_clip(g: Any, f: Any) -> Any:
+    """Loss scale, clipvalue, clipnorm, global_clipnorm, in Keras's order and rounding."""
+    grad_scale, bound, multiplier, divisor, scale = f
+    return op.div(op.clip(g * grad_scale, bound) * multiplier, divisor) * scale
+
+
+@dataclass
+class Update:
+    """One launch: a bucket, the tensors present in this step, and what to do with them."""
+
+    bucket: Bucket
+    variables: list[Tensor | None]
+    """Per segment: the borrowed variable in the segment's layout, or None where it has no gradient in this step."""
+    gradients: list[Tensor | None]
+    """Per segment, in the segment's layout; float16, bfloat16, float32 or float64."""
+    names: tuple[str, ...]
+    """Slot names in rule order."""
+    rule: Rule
+    scalars: Sequence[float]
+    """A NamedTuple of Python floats, rounded to the bucket's compute dtype."""
+    factors: Tensor | None = None
+    """Compute dtype [segments, 5]: see NEUTRAL_FACTORS. None: all neutral."""
+
+    @property
+    def slots(self) -> tuple[Tensor, ...]:
+        """The flat buffers in rule order."""
+        return tuple(self.bucket.flat[name] for name in self.names)
+
+    def blocks(self, block: int) -> list[tuple[int, int]]:
+        """The block table of the bucket."""
+        return layout.blocks(self.bucket.segments, block)
+
+    def copy(self) -> "Update":
+        """The same update on copies of the variables and slots. Gradients are shared: nothing writes them."""
+        bucket = Bucket(self.bucket.device, self.bucket.dtype)
+        variables = [v if v is None else layout.clone(v, v.stride()) for v in self.variables]
+        flat = {name: self.bucket.flat[name].clone() for name in self.names}
+        bucket.adopt(list(self.bucket.variables), list(self.bucket.segments), flat)
+        return replace(self, bucket=bucket, variables=variables)
+
+
+def _reference(update: Update) -> None:
+    """The rule on torch tensors, variable by variable, one correctly rounded operation at a time."""
+    bucket, compute = update.bucket, update.bucket.compute
+    # a device row: torch divides a CUDA tensor by a Python number or CPU scalar through its reciprocal
+    row = torch.tensor(update.scalars, dtype=compute, device=bucket.device)
+    scalars = type(update.scalars)(*row.unbind())
+    for index, (variable, gradient) in enumerate(zip(update.variables, update.gradients, strict=True)):
+        if variable is None or gradient is None:
+            continue
+        slots = tuple(bucket.view(name, index) for name in update.names)
+        g = gradient.to(compute)
+        if update.factors is not None:
+            g = scale_and_clip(g, update.factors[index].unbind())
+        p, values = update.rule(variable.to(compute), g, slots, scalars)
+        variable.copy_(p)
+        for slot, value in zip(slots, values, strict=True):
+            slot.copy_(value)
+
+
+def _triton(update: Update) -> None:
+    from fused_kopt.kernels import launch
+
+    if update.factors is None:
+        neutral = torch.tensor([NEUTRAL_FACTORS], dtype=update.bucket.compute, device=update.bucket.device)
+        launch.run(replace(update, factors=neutral.repeat(len(update.variables), 1)), keep)
+    else:
+        launch.run(update, scale_and_clip)
+
+
+@functools.cache
+def why_not_triton() -> str | None:
+    """Why the triton executor is unavailable in this process, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install 'fused-kopt[triton]'"
+    try:
+        from fused_kopt.kernels import launch  # noqa: F401
+    except Exception as error:  # Triton's import runs its backends' discovery, which fails in its own ways
+        return f"Triton does not import: {error!r}"
+    return None
+
+
+def choose(executor: Executor, device: torch.device) -> Chosen:
+    """The executor for a bucket on `device`. `auto`: triton on a GPU, reference elsewhere.
+
+    Raises RuntimeError where `triton` was asked for and is unavailable.
+    """
+    if executor == "reference" or (executor == "auto" and device.type == "cpu"):
+        return "reference"
+    reason = why_not_triton()
+    if reason is None:
+        return "triton"
+    if executor == "triton":
+        raise RuntimeError(f"executor='triton' is not available: {reason}. Use executor='auto' or 'reference'.")
+    warn_fallback(reason)
+    return "reference"
+
+
+@functools.cache
+def warn_fallback(reason: str) -> None:
+    """Say once per reason that a GPU step takes the slow road."""
+    warnings.warn(f"fused_kopt falls back to the reference executor, which is slower: {reason}", RuntimeWarning, stacklevel=2)
+
+
+def run(update: Update, executor: Chosen) -> None:
+    """Execute one update in place."""
+    with torch.no_grad():
+        if executor == "reference":
+            _reference(update)
+        else:
+            _triton(update)
+
+
+class Stats(NamedTuple):
+    """Counters since the process started; all 0 until the triton executor has run."""
+
+    launches: int = 0
+    """Kernel launches, in the interpreter too."""
+    compilations: int = 0
+    """Kernels that Triton compiled or read from its disk cache; the interpreter compiles none."""
+
+
+def stats() -> Stats:
+    """How many kernels were launched and compiled in this process: one launch per bucket and step is the promise."""
+    launch = sys.modules.get("fused_kopt.kernels.launch")
+    return Stats(*launch.counters()) if launch else Stats()

@@ -1,0 +1,152 @@
+"""From what the caller passed to pairs that a launch can trust, and Keras's gradient clipping as launch factors."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_kopt import layout, tensors
+from fused_kopt.execute import NEUTRAL_FACTORS, Update
+
+logger = logging.getLogger("fused_kopt")
+
+
+def present(grads_and_vars: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """The pairs that have a gradient.
+
+    Raises TypeError for anything but an ordered iterable of pairs, ValueError where all gradients are None. Logs a
+    warning that names the variables without gradient where only some are.
+    """
+    if isinstance(grads_and_vars, (set, frozenset, dict, Tensor, str)) or not isinstance(grads_and_vars, Iterable):
+        raise TypeError(f"grads_and_vars must be a list of (gradient, variable) pairs. Received: {type(grads_and_vars).__name__}.")
+    pairs = [_pair(pair, i) for i, pair in enumerate(grads_and_vars)]
+    missing = [name(v, i) for i, (g, v) in enumerate(pairs) if g is None]
+    if pairs and len(missing) == len(pairs):
+        raise ValueError(f"No gradients provided for any variable: {missing}.")
+    if missing:
+        logger.warning(
+            "Gradients do not exist for variables %s when minimizing the loss. If you're using `model.compile()`, "
+            "did you forget to provide a `loss` argument?",
+            missing,
+        )
+    return [pair for pair in pairs if pair[0] is not None]
+
+
+def _pair(pair: Any, position: int) -> tuple[Any, Any]:
+    if not isinstance(pair, (tuple, list)):
+        raise TypeError(f"grads_and_vars[{position}] must be a (gradient, variable) pair. Received: {type(pair).__name__}.")
+    if len(pair) != 2:
+        raise ValueError(f"grads_and_vars[{position}] must be a (gradient, variable) pair. Received {len(pair)} items.")
+    return pair[0], pair[1]
+
+
+def name(variable: Any, position: int) -> str:
+    """How messages call a variable: its position, its name if it has one, its shape."""
+    label = f" {variable.name!r}" if getattr(variable, "name", None) else ""
+    return f"variable {position}{label} {tuple(variable.shape) if isinstance(variable, Tensor) else type(variable).__name__}"
+
+
+def check(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of detached tensors; raises TypeError, ValueError or RuntimeError for anything a step cannot update safely."""
+    checked = []
+    for position, (gradient, variable) in enumerate(pairs):
+        tensors.check_variable(variable, name(variable, position))
+        checked.append((_gradient(gradient, variable, f"gradient of {name(variable, position)}"), variable))
+    distinct = list({id(v): v for _, v in checked}.values())
+    overlap = tensors.first_overlap(distinct)
+    if overlap:
+        first, second = (name(distinct[i], i) for i in overlap)
+        raise ValueError(f"{first} and {second} share memory: one would be updated through the other. Pass only one of them.")
+    return checked
+
+
+def _gradient(given: Any, variable: Tensor, what: str) -> Tensor:
+    gradient = (given if isinstance(given, Tensor) else _from_array(given, variable, what)).detach()
+    if gradient.layout == torch.sparse_coo:
+        if gradient.sparse_dim() != 1:
+            raise ValueError(
+                f"{what} has {gradient.sparse_dim()} sparse dimensions; rows (1) are supported, as from Embedding(sparse=True)."
+            )
+        tensors.check_storage(gradient._values(), what)
+    else:
+        tensors.check_storage(gradient, what)
+    if gradient.shape != variable.shape:
+        raise ValueError(f"{what}: gradient shape {tuple(gradient.shape)} != variable shape {tuple(variable.shape)}.")
+    if gradient.device != variable.device:
+        raise ValueError(f"{what} is on {gradient.device}, the variable on {variable.device}. Move one of them.")
+    return gradient.resolve_neg() if gradient.layout == torch.strided else gradient
+
+
+def _from_array(gradient: Any, variable: Tensor, what: str) -> Tensor:
+    array = np.asarray(gradient)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{what} must be a tensor or an array of real numbers. Received: {type(gradient).__name__} of {array.dtype}.")
+    # a copy: the array may be read-only or change under an asynchronous step
+    return torch.tensor(array, dtype=variable.dtype, device=variable.device)
+
+
+def fit(gradient: Tensor, segment: layout.Segment, written: tensors.Written) -> Tensor:
+    """The gradient in the segment's layout: itself, or a copy where its layout differs or the step would write over it."""
+    if layout.same_layout(segment.shape, segment.stride, gradient.stride()) and not written.touches(gradient):
+        return gradient
+    return layout.clone(gradient, segment.stride)
+
+
+def values(gradient: Tensor) -> Tensor:
+    """The stored elements: all of a dense gradient, the rows of a sparse one before duplicates are merged."""
+    return gradient._values() if gradient.layout == torch.sparse_coo else gradient
+
+
+def clip_factors(pairs: Sequence[tuple[Tensor, Tensor]], clips: Mapping[str, float | None], grad_scale: float) -> list[Tensor | None]:
+    """Per pair the factors that scale and clip its gradient as Keras does (compute dtype [5]); None where all are neutral.
+
+    Order: grad_scale, clipvalue, clipnorm, global_clipnorm. Norms are summed in float64, so that only a non-finite
+    gradient makes a norm non-finite; TensorFlow sums in the variable's dtype, and the last bits can differ.
+    """
+    if grad_scale == 1.0 and all(c is None for c in clips.values()):
+        return [None] * len(pairs)
+    factors, norms = [], []
+    for gradient, variable in pairs:
+        dtype = layout.compute_dtype(variable.dtype)
+        row = torch.tensor(NEUTRAL_FACTORS, dtype=dtype, device=variable.device)
+        row[0] = grad_scale
+        if clips["clipvalue"] is not None:
+            row[1] = clips["clipvalue"]
+        if clips["clipnorm"] is not None or clips["global_clipnorm"] is not None:
+            norm = _norm(values(gradient).to(dtype), row)
+            if clips["clipnorm"] is not None:
+                row[2] = clips["clipnorm"]
+                row[3] = torch.maximum(norm.to(dtype), row[2])
+                norm = norm * row[2].double() / row[3].double()
+            norms.append(norm)
+        factors.append(row)
+    if clips["global_clipnorm"] is not None:
+        _set_global_scale(factors, norms, clips["global_clipnorm"])
+    return list(factors)
+
+
+def _norm(g: Tensor, row: Tensor) -> Tensor:
+    """The float64 norm of the scaled, value-clipped gradient; 0-d."""
+    clipped = torch.clamp(g * row[0], -row[1], row[1])
+    norm: Tensor = torch.linalg.vector_norm(clipped, dtype=torch.float64)
+    return norm
+
+
+def _set_global_scale(factors: Sequence[Tensor], norms: Sequence[Tensor], clip: float) -> None:
+    """Set each row's scale to clip * min(1 / G, 1 / clip) in its dtype; NaN where the global norm G is not finite."""
+    total = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    for row in factors:
+        bound = torch.tensor(clip, dtype=row.dtype, device=row.device)
+        g = total.to(row)
+        row[4] = bound * torch.minimum(1 / g, 1 / bound) + (g - g)
+
+
+def launch_factors(update: Update, rows: Sequence[Tensor | None]) -> Tensor | None:
+    """The factor table of an update, one row per segment, from the rows of those present."""
+    if all(row is None for row in rows):
+        return None
+    neutral = torch.tensor(NEUTRAL_FACTORS, dtype=update.bucket.compute, device=update.bucket.device)
+    return torch.stack([neutral if row is None else row for row in rows])

@@ -1,0 +1,75 @@
+"""Where the variables of a bucket lie in its flat buffers. Pure Python on shapes; allocates nothing."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements between two segments' starts: 16 keep every start 16-byte aligned from 1-byte slots upwards.
+ALIGNMENT = 16
+
+
+class Segment(NamedTuple):
+    """One variable's place in its bucket."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]  # of the slots' views, and of the variable where it is dense
+    numel: int
+    offset: int  # first element in every flat buffer of the bucket
+
+    @property
+    def end(self) -> int:
+        """The first element after this segment and its padding."""
+        return self.offset + -(-self.numel // ALIGNMENT) * ALIGNMENT
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that slots are kept and the rule is computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """The row-major strides of a shape, in elements."""
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+def same_layout(shape: Sequence[int], first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether two strides address a shape's elements alike; dimensions of size 1 do not count."""
+    return all(a == b for size, a, b in zip(shape, first, second, strict=True) if size > 1)
+
+
+def dense_stride(variable: Tensor) -> tuple[int, ...]:
+    """The variable's strides if it is dense (a permutation of row-major), else row-major strides."""
+    shape = variable.shape
+    order = sorted((d for d in range(variable.dim()) if shape[d] > 1), key=lambda d: variable.stride(d))
+    step = 1
+    for d in order:
+        if variable.stride(d) != step:
+            return contiguous_stride(shape)
+        step *= shape[d]
+    return tuple(variable.stride()) if variable.numel() else contiguous_stride(shape)
+
+
+def clone(tensor: Tensor, stride: Sequence[int]) -> Tensor:
+    """A copy with the given strides."""
+    return torch.empty_strided(tensor.size(), tuple(stride), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def plan(variables: Iterable[Tensor], offset: int = 0) -> list[Segment]:
+    """Segments for variables, one after another from `offset` (elements, a multiple of ALIGNMENT)."""
+    segments = []
+    for variable in variables:
+        segment = Segment(tuple(variable.shape), dense_stride(variable), variable.numel(), offset)
+        segments.append(segment)
+        offset = segment.end
+    return segments
+
+
+def blocks(segments: Sequence[Segment], block: int) -> list[tuple[int, int]]:
+    """The block table: (segment, block of it) for every program of a launch; empty segments have none."""
+    return [(index, b) for index, segment in enumerate(segments) for b in range(-(-segment.numel // block))]

@@ -1,0 +1,131 @@
+"""Ftrl."""
+
+from typing import Any, NamedTuple
+
+from typing_extensions import Unpack
+
+from fused_kopt import op
+from fused_kopt.execute import Rule
+from fused_kopt.hyperparameters import Hyperparameter, Options, Step, check_not_negative
+from fused_kopt.optimizer import Optimizer
+from fused_kopt.slots import Slot, SlotGroups
+
+
+class Scalars(NamedTuple):
+    learning_rate: float
+    power: float
+    l1: float
+    two_l2: float
+    two_l2_shrinkage: float
+
+
+def _follow(p: Any, g: Any, n: Any, z: Any, old_root: Any, root: Any, s: Any) -> Any:
+    """The variable rebuilt from z; g with shrinkage, roots are n ** power before and after."""
+    z = z + (g - op.div(root - old_root, s.learning_rate) * p)
+    moved = op.div(op.sign(z) * s.l1 - z, op.div(root, s.learning_rate) + s.two_l2)
+    return op.where(op.abs(z) > s.l1, moved, 0.0), (n, z)
+
+
+def ftrl(p: Any, g: Any, slots: Any, s: Any) -> Any:
+    old, z = slots
+    n = old + g * g
+    return _follow(p, g, n, z, op.sqrt(old), op.sqrt(n), s)
+
+
+def ftrl_shrunk(p: Any, g: Any, slots: Any, s: Any) -> Any:
+    old, z = slots
+    n = old + g * g
+    return _follow(p, g + p * s.two_l2_shrinkage, n, z, op.sqrt(old), op.sqrt(n), s)
+
+
+def ftrl_power(p: Any, g: Any, slots: Any, s: Any) -> Any:
+    old, z = slots
+    n = old + g * g
+    return _follow(p, g, n, z, op.pow(old, s.power), op.pow(n, s.power), s)
+
+
+def ftrl_power_shrunk(p: Any, g: Any, slots: Any, s: Any) -> Any:
+    old, z = slots
+    n = old + g * g
+    return _follow(p, g + p * s.two_l2_shrinkage, n, z, op.pow(old, s.power), op.pow(n, s.power), s)
+
+
+class Ftrl(Optimizer):
+    """Follow the regularized leader: the variable is rebuilt in every step from the linear slot.
+
+    `n' = n + g^2; z += g + 2 * l2_shrinkage * w - (n'^-power - n^-power) / lr * w; w = (l1 * sign(z) - z) / (n'^-power /
+    lr + 2 * l2 + beta / lr)` where `|z| > l1`, else 0. The initial variable is forgotten after the first step, and a zero
+    gradient is not a no-op. `lr=` is ignored, as in Keras. Slots, interleaved per variable in `weights`: `accumulator`
+    (n, initial_accumulator_value), `linear` (z, 0).
+
+    Args:
+        learning_rate: number, 0-d tensor, callable or schedule. Default 0.001.
+        learning_rate_power: not positive; -0.5 takes the exact square root, other powers may differ by 2 ulp. Default -0.5.
+        initial_accumulator_value: not negative. Default 0.1.
+        l1_regularization_strength, l2_regularization_strength: not negative. Defaults 0.
+        name: default "Ftrl".
+        l2_shrinkage_regularization_strength: not negative; adds to the gradient in z, not in n. Default 0.
+        beta: adds beta / (2 * lr) to l2. Default 0.
+        **options: see fused_kopt.optimizer.Optimizer.
+
+    Raises ValueError for values out of range. Source: Keras OptimizerV2; McMahan et al., Ad click prediction, 2013.
+    """
+
+    learning_rate_power = Hyperparameter()
+    l1_regularization_strength = Hyperparameter()
+    l2_regularization_strength = Hyperparameter()
+    beta = Hyperparameter()
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        learning_rate_power: Any = -0.5,
+        initial_accumulator_value: float = 0.1,
+        l1_regularization_strength: Any = 0.0,
+        l2_regularization_strength: Any = 0.0,
+        name: str | None = "Ftrl",
+        l2_shrinkage_regularization_strength: float = 0.0,
+        beta: Any = 0.0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(name, learning_rate, options)
+        self.learning_rate = learning_rate
+        check_not_negative(
+            initial_accumulator_value=initial_accumulator_value,
+            l1_regularization_strength=l1_regularization_strength,
+            l2_regularization_strength=l2_regularization_strength,
+            l2_shrinkage_regularization_strength=l2_shrinkage_regularization_strength,
+        )
+        if isinstance(learning_rate_power, (int, float)) and learning_rate_power > 0:
+            raise ValueError(f"`learning_rate_power` needs to be negative or zero. Received: learning_rate_power={learning_rate_power}.")
+        self.learning_rate_power = learning_rate_power
+        self._initial_accumulator_value = initial_accumulator_value
+        self.l1_regularization_strength = l1_regularization_strength
+        self.l2_regularization_strength = l2_regularization_strength
+        self._l2_shrinkage_regularization_strength = l2_shrinkage_regularization_strength
+        self.beta = beta
+
+    def slot_groups(self) -> SlotGroups:
+        return ((Slot("accumulator", self._initial_accumulator_value), Slot("linear")),)
+
+    def rule(self) -> Rule:
+        shrunk = self._l2_shrinkage_regularization_strength > 0
+        if float(self.learning_rate_power) == -0.5:
+            return ftrl_shrunk if shrunk else ftrl
+        return ftrl_power_shrunk if shrunk else ftrl_power
+
+    def scalars(self, step: Step) -> Scalars:
+        rate = self._rate(step)
+        l2 = step.number(self.l2_regularization_strength) + step.number(self.beta) / (2 * rate)
+        l1, shrinkage = step.number(self.l1_regularization_strength), step.number(self._l2_shrinkage_regularization_strength)
+        return Scalars(rate, -step.number(self.learning_rate_power), l1, 2 * l2, 2 * shrinkage)
+
+    def get_config(self) -> dict[str, Any]:
+        return self._config(
+            initial_accumulator_value=self._initial_accumulator_value,
+            learning_rate_power=self._value("learning_rate_power"),
+            l1_regularization_strength=self._value("l1_regularization_strength"),
+            l2_regularization_strength=self._value("l2_regularization_strength"),
+            beta=self._value("beta"),
+            l2_shrinkage_regularization_strength=self._l2_shrinkage_regularization_strength,
+        )

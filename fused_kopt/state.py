@@ -1,0 +1,145 @@
+"""An optimizer's state: iterations, slots in flat buffers, and the live weight list in Keras order."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_kopt import slots
+from fused_kopt.buffers import Bucket
+from fused_kopt.slots import Slot, SlotGroups
+
+Initializer = str | float | Tensor | Callable[..., Any]
+_INITIAL = {"zeros": 0.0, "ones": 1.0}
+
+
+class State:
+    """Owns the slots. Variables are kept alive, so that no id is ever reused; slots are found by variable identity."""
+
+    def __init__(self) -> None:
+        self.iterations: Tensor | None = None
+        self.weights: list[Tensor] = []
+        self.buckets: dict[tuple[torch.device, torch.dtype], Bucket] = {}
+        self.extra: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # add_slot's own: (variable, slot)
+
+    def bucket(self, variable: Tensor) -> Bucket:
+        """The bucket a variable belongs to."""
+        key = (variable.device, variable.dtype)
+        return self.buckets.get(key) or Bucket(*key)
+
+    def make_iterations(self) -> Tensor:
+        """The step counter, 0-d int64, created as the next weight if it does not exist."""
+        if self.iterations is None:
+            self.iterations = torch.zeros((), dtype=torch.int64)
+            self.weights.append(self.iterations)
+        return self.iterations
+
+    def ensure(self, variables: Sequence[Tensor], groups: SlotGroups, first: Sequence[Tensor] = (), counted: bool = False) -> None:
+        """Create the slots that distinct variables lack, in Keras order, after iterations (if `counted`) and `first`.
+
+        Allocates everything before it publishes anything.
+        """
+        members: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for variable in variables:
+            members.setdefault((variable.device, variable.dtype), []).append(variable)
+        flat = tuple(slot for group in groups for slot in group)
+        grown = [(self.bucket(list_[0]), list_) for list_ in members.values()]
+        plans = [(bucket, bucket.grown(list_, flat)) for bucket, list_ in grown]
+        if counted:
+            self.make_iterations()
+        self.weights.extend(first)
+        for bucket, plan in plans:
+            self.buckets[(bucket.device, bucket.dtype)] = bucket
+            bucket.adopt(*plan)
+        for variable, slot in slots.creation_order(variables, groups):
+            bucket = self.bucket(variable)
+            index = bucket.index[id(variable)]
+            if bucket.views[slot.name][index] is None:
+                self.weights.append(bucket.view(slot.name, index))
+
+    def slot(self, variable: Tensor, name: str) -> Tensor | None:
+        """The slot, or None."""
+        if (id(variable), name) in self.extra:
+            return self.extra[(id(variable), name)][1]
+        bucket = self.bucket(variable)
+        index = bucket.index.get(id(variable))
+        return None if index is None or name not in bucket.views else bucket.views[name][index]
+
+    def slot_names(self) -> list[str]:
+        """The names of the slots that exist, in order of creation."""
+        visible = [name for b in self.buckets.values() for name, views in b.views.items() if any(v is not None for v in views)]
+        return list(dict.fromkeys([*visible, *(name for _, name in self.extra)]))
+
+    def built_as(self, variable: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device] | None:
+        """The shape, dtype and device a variable had when its slots were made; None if it has none."""
+        for bucket in self.buckets.values():
+            index = bucket.index.get(id(variable))
+            if index is not None:
+                return bucket.segments[index].shape, bucket.dtype, bucket.device
+        return None
+
+    def add_slot(self, variable: Tensor, slot: Slot, shape: Sequence[int] | None, initializer: Initializer) -> Tensor:
+        """The slot, created if need be: in the flat buffer where its shape is the variable's, else on its own."""
+        found = self.slot(variable, slot.name)
+        if found is not None:
+            return found
+        size = tuple(variable.shape if shape is None else shape)
+        value = _initial_value(initializer, size, self.bucket(variable).compute)
+        if size == tuple(variable.shape):
+            self.ensure([variable], ((slot,),))
+            view = self.bucket(variable).view(slot.name, self.bucket(variable).index[id(variable)])
+        else:
+            view = torch.empty(size, dtype=self.bucket(variable).compute, device=variable.device)
+            self.extra[(id(variable), slot.name)] = (variable, view)
+            self.weights.append(view)
+        with torch.no_grad():
+            view.copy_(value)
+        return view
+
+    def __getstate__(self) -> dict[str, Any]:
+        place = {}
+        for key, bucket in self.buckets.items():
+            for name, views in bucket.views.items():
+                place.update({id(view): (key, name, i) for i, view in enumerate(views) if view is not None})
+        return {**self.__dict__, "weights": [place.get(id(w), w) for w in self.weights], "extra": list(self.extra.items())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.extra = {(id(entry[0]), key[1]): entry for key, entry in state["extra"]}
+        self.weights = [self.buckets[w[0]].view(*w[1:]) if isinstance(w, tuple) else w for w in state["weights"]]
+
+
+def _initial_value(initializer: Initializer, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if isinstance(initializer, str):
+        if initializer not in _INITIAL:
+            raise ValueError(f"Unknown initializer: {initializer!r}. Use {sorted(_INITIAL)}, a number, a tensor or a callable.")
+        initializer = _INITIAL[initializer]
+    value = initializer(shape, dtype=dtype) if callable(initializer) else initializer
+    return torch.as_tensor(value, dtype=dtype).expand(shape)
+
+
+def to_numpy(weight: Tensor) -> Any:
+    """A weight as numpy: an array of its own, or a numpy scalar where it is 0-d."""
+    return weight.detach().cpu().numpy().copy()[()]
+
+
+def assign(name: str, weights: Sequence[Tensor], values: Sequence[Any]) -> None:
+    """OptimizerV2's set_weights: every check before the first write."""
+    if len(weights) != len(values):
+        raise ValueError(
+            f"You called `set_weights(weights)` on optimizer {name} with a  weight list of length {len(values)}, "
+            f"but the optimizer was expecting {len(weights)} weights."
+        )
+    for weight, value in zip(weights, values, strict=True):
+        if tuple(weight.shape) != tuple(value.shape):
+            raise ValueError(
+                f"Optimizer weight shape {tuple(weight.shape)} not compatible with provided weight shape {tuple(value.shape)}."
+            )
+        if not isinstance(value, Tensor) and np.asarray(value).dtype.kind not in "fiu":
+            raise TypeError(f"Optimizer weights must be real numbers. Received an array of dtype {np.asarray(value).dtype}.")
+    converted = [torch.as_tensor(np.ascontiguousarray(v) if isinstance(v, (np.ndarray, np.generic)) else v) for v in values]
+    with torch.no_grad():
+        for weight, tensor in zip(weights, converted, strict=True):
+            weight.copy_(tensor.reshape(weight.shape))

@@ -1,0 +1,149 @@
+"""From checked pairs to launches: dense variables join their bucket's launch, sparse gradients run on gathered rows."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fused_kopt import gradients, layout, tensors
+from fused_kopt.buffers import Bucket
+from fused_kopt.execute import Rule, Update, scale_and_clip
+from fused_kopt.layout import clone
+from fused_kopt.slots import Slot
+from fused_kopt.state import State
+
+# What a sparse gradient moves (keras-semantics: IndexedSlices): the touched rows only; all rows of the slots but only the
+# touched rows of the variable; or all rows of both.
+SparseRows = Literal["touched", "state", "all"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an optimizer does in this step, per bucket."""
+
+    slots: tuple[Slot, ...]
+    """In rule order."""
+    rule: Rule
+    sparse_rule: Rule
+    sparse_rows: SparseRows
+    scalars: Sequence[float]
+
+
+@dataclass
+class Launch:
+    """An update, and what writes its results back where it ran on copies."""
+
+    update: Update
+    finish: list[Callable[[], object]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One pair, with its clip factors (None: neutral)."""
+
+    gradient: Tensor
+    variable: Tensor
+    factors: Tensor | None
+
+
+def rounds(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Entries split so that no variable occurs twice in a round; the n-th occurrences form round n, as Keras applies them."""
+    left = list(entries)
+    while left:
+        seen: set[int] = set()
+        now: list[Entry] = []
+        later: list[Entry] = []
+        for entry in left:
+            (later if id(entry.variable) in seen else now).append(entry)
+            seen.add(id(entry.variable))
+        yield now
+        left = later
+
+
+def plan(entries: Sequence[Entry], state: State, recipe: Callable[[Bucket], Recipe]) -> list[Launch]:
+    """The launches of one round: one per bucket for its dense gradients, one per sparse gradient. Writes nothing."""
+    members: dict[int, tuple[Bucket, list[Entry]]] = {}
+    for entry in entries:
+        bucket = state.bucket(entry.variable)
+        members.setdefault(id(bucket), (bucket, []))[1].append(entry)
+    flats = [flat for bucket, _ in members.values() for flat in bucket.flat.values()]
+    written = tensors.Written([*(entry.variable for entry in entries), *flats])
+    launches = []
+    for bucket, mine in members.values():
+        how = recipe(bucket)
+        dense = [entry for entry in mine if entry.gradient.layout == torch.strided]
+        if dense:
+            launches.append(_dense(bucket, dense, how, how.rule, written))
+        launches += [_sparse(bucket, entry, how, written) for entry in mine if entry.gradient.layout != torch.strided]
+    return launches
+
+
+def _dense(bucket: Bucket, entries: Sequence[Entry], recipe: Recipe, rule: Rule, written: tensors.Written) -> Launch:
+    """One launch over a bucket. A variable laid out otherwise than its slots is updated as a copy and written back."""
+    count = len(bucket.variables)
+    names = tuple(slot.name for slot in recipe.slots)
+    launch = Launch(Update(bucket, [None] * count, [None] * count, names, rule, recipe.scalars))
+    rows: list[Tensor | None] = [None] * count
+    for entry in entries:
+        index = bucket.index[id(entry.variable)]
+        segment = bucket.segments[index]
+        variable = entry.variable.detach()
+        if not layout.same_layout(segment.shape, segment.stride, variable.stride()):
+            copy = clone(variable, segment.stride)
+            launch.finish.append(_copier(variable, copy))
+            variable = copy
+        launch.update.variables[index] = variable
+        launch.update.gradients[index] = gradients.fit(entry.gradient, segment, written)
+        rows[index] = entry.factors
+    launch.update.factors = gradients.launch_factors(launch.update, rows)
+    return launch
+
+
+def _copier(target: Tensor, source: Tensor) -> Callable[[], object]:
+    return lambda: target.copy_(source)
+
+
+def _row_copier(target: Tensor, rows: Tensor, source: Tensor) -> Callable[[], object]:
+    return lambda: target.index_copy_(0, rows, source.index_select(0, rows) if source.shape == target.shape else source)
+
+
+def _merged(entry: Entry, compute: torch.dtype) -> Tensor:
+    """The sparse gradient in the compute dtype, clipped as stored, then with its duplicate rows summed."""
+    gradient = entry.gradient
+    values = gradient._values().to(compute)
+    if entry.factors is not None:
+        values = scale_and_clip(values, entry.factors.unbind())
+    merged = torch.sparse_coo_tensor(gradient._indices(), values, gradient.shape, check_invariants=True)
+    return merged.coalesce()
+
+
+def _sparse(bucket: Bucket, entry: Entry, recipe: Recipe, written: tensors.Written) -> Launch:
+    merged = _merged(entry, bucket.compute)
+    if recipe.sparse_rows == "touched":
+        return _touched(bucket, entry.variable, merged, recipe)
+    launch = _dense(bucket, [Entry(merged.to_dense(), entry.variable, None)], recipe, recipe.sparse_rule, written)
+    if recipe.sparse_rows == "state":
+        index = bucket.index[id(entry.variable)]
+        copy = clone(entry.variable.detach(), bucket.segments[index].stride)
+        launch.update.variables[index] = copy
+        launch.finish = [_row_copier(entry.variable.detach(), merged.indices()[0], copy)]
+    return launch
+
+
+def _touched(bucket: Bucket, variable: Tensor, merged: Tensor, recipe: Recipe) -> Launch:
+    """The rule on the touched rows, gathered into a bucket of their own."""
+    rows, index = merged.indices()[0], bucket.index[id(variable)]
+    variable = variable.detach()
+    gathered = variable.index_select(0, rows)
+    small = Bucket(bucket.device, bucket.dtype)
+    small.adopt(*small.grown([gathered], recipe.slots))
+    names = tuple(slot.name for slot in recipe.slots)
+    launch = Launch(Update(small, [gathered], [merged.values()], names, recipe.sparse_rule, recipe.scalars))
+    launch.finish.append(_row_copier(variable, rows, gathered))
+    for name in names:
+        view, mine = bucket.view(name, index), small.view(name, 0)
+        mine.copy_(view.index_select(0, rows))
+        launch.finish.append(_row_copier(view, rows, mine))
+    return launch

@@ -1,0 +1,164 @@
+"""One step through two executors on copies, and what differed."""
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_kopt import execute
+from fused_kopt.buffers import Bucket
+from fused_kopt.errors import FusedMismatchError
+from fused_kopt.execute import Chosen, Executor, Rule, Update
+from fused_kopt.slots import Slot
+
+if TYPE_CHECKING:
+    from fused_kopt.optimizer import Optimizer
+
+_BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor after the reference and after another executor."""
+
+    variable: int
+    """Position of the variable."""
+    tensor: str
+    """"variable", or the slot's name."""
+    equal: bool
+    """Bit for bit, where NaN equals NaN and the zeros are equal."""
+    max_ulp: int
+    """Largest distance in units of the last place; 2**63 - 1 where only one is NaN."""
+    max_abs: float
+    """Largest absolute difference of finite elements."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found."""
+
+    executor: str
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Whether every variable and slot agrees bit for bit."""
+        return all(c.equal for c in self.comparisons)
+
+    def __str__(self) -> str:
+        bad = [c for c in self.comparisons if not c.equal]
+        if not bad:
+            return f"{self.executor}: {len(self.comparisons)} tensors equal the reference bit for bit"
+        rows = "".join(f"\n  variable {c.variable} {c.tensor}: {c.max_ulp} ulp, {c.max_abs:.3g} absolute" for c in bad)
+        return f"{self.executor}: {len(bad)} of {len(self.comparisons)} tensors differ from the reference{rows}"
+
+
+def compare(position: int, name: str, expected: Tensor, actual: Tensor) -> Comparison:
+    """Compare two tensors of one shape and dtype."""
+    equal = bool(torch.equal(torch.nan_to_num(expected), torch.nan_to_num(actual)) and torch.equal(expected.isnan(), actual.isnan()))
+    if equal or not expected.numel():
+        return Comparison(position, name, equal, 0, 0.0)
+    difference = (expected.double() - actual.double()).abs()
+    finite = difference[difference.isfinite()]
+    return Comparison(position, name, False, _ulps(expected, actual), float(finite.max()) if finite.numel() else 0.0)
+
+
+def _ulps(expected: Tensor, actual: Tensor) -> int:
+    if bool((expected.isnan() != actual.isnan()).any()):
+        return int(np.iinfo(np.int64).max)
+    both = ~expected.isnan()
+    first, second = (_ordered(t.contiguous()[both] if t.dim() else t.reshape(1)) for t in (expected, actual))
+    # exact Python integers: the distance of two float64 may pass 2**63
+    return max((abs(a - b) for a, b in zip(first.tolist(), second.tolist(), strict=True) if a != b), default=0)
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """Integers in the order of the numbers, neighbours one apart; both zeros are 0."""
+    bits = values.view(_BITS[values.dtype]).to(torch.int64)
+    low = torch.iinfo(_BITS[values.dtype]).min
+    return torch.where(bits < 0, low - bits, bits)
+
+
+def compare_updates(update: Update, executor: Chosen) -> list[Comparison]:
+    """Run an update on two sets of copies, through the reference and through `executor`."""
+    expected, actual = update.copy(), update.copy()
+    execute.run(expected, "reference")
+    execute.run(actual, executor)
+    found = []
+    for index, (p, q) in enumerate(zip(expected.variables, actual.variables, strict=True)):
+        if p is None or q is None:
+            continue
+        found.append(compare(index, "variable", p, q))
+        found += [compare(index, name, expected.bucket.view(name, index), actual.bucket.view(name, index)) for name in update.names]
+    return found
+
+
+@functools.cache
+def _known_answer(rule: Rule, key: "tuple[Any, ...]", scalars: type) -> str | None:
+    """Why a freshly compiled kernel cannot be trusted, or None: one launch of full blocks and a tail on made-up numbers.
+
+    Triton's disk cache has no integrity check: a damaged binary would run. Compilation failures show here as well,
+    before a step has begun.
+    """
+    device, dtype, gradient_dtype, names, clipped = key
+    generator = torch.Generator().manual_seed(0)
+    variable, gradient = (torch.rand(2305, generator=generator) + 0.5 for _ in range(2))
+    bucket = Bucket(device, dtype)
+    variable = variable.to(device, dtype)
+    bucket.adopt(*bucket.grown([variable], [Slot(name, 0.25) for name in names]))
+    numbers = scalars(*(0.5 for _ in scalars._fields))  # type: ignore[attr-defined]
+    factors = torch.tensor([[1.0, 0.75, 0.5, 1.5, 1.0]], dtype=bucket.compute, device=device) if clipped else None
+    update = Update(bucket, [variable], [gradient.to(device, gradient_dtype)], names, rule, numbers, factors)
+    try:
+        report = Report("triton", tuple(compare_updates(update, "triton")))
+    except Exception as error:  # whatever the compiler, its tools or the driver raise
+        return f"its kernel does not build or run: {error!r}"
+    return None if report.equal else f"its kernel fails the known-answer test: {report}. Clear Triton's cache directory."
+
+
+def proven(update: Update, executor: Chosen, requested: Executor) -> Chosen:
+    """The executor, or the reference where `auto` chose Triton and its kernel does not pass on this device.
+
+    Raises RuntimeError where `triton` was asked for by name.
+    """
+    bucket = update.bucket
+    if executor == "reference" or bucket.device.type == "cpu":
+        return executor
+    for dtype in {g.dtype for g in update.gradients if g is not None}:
+        key = (bucket.device, bucket.dtype, dtype, update.names, update.factors is not None)
+        reason = _known_answer(update.rule, key, type(update.scalars))
+        if reason is not None and requested == "triton":
+            raise RuntimeError(f"executor='triton' is not usable on {bucket.device}: {reason} Use executor='auto' or 'reference'.")
+        if reason is not None:
+            execute.warn_fallback(reason)
+            return "reference"
+    return executor
+
+
+def check(updates: Sequence[tuple[Update, Chosen]]) -> None:
+    """Raises FusedMismatchError unless every update gives the reference's bits. Writes nothing."""
+    for update, executor in updates:
+        report = Report(executor, tuple(compare_updates(update, executor)))
+        if not report.equal:
+            raise FusedMismatchError(f"{report}\nNothing was written. Use executor='reference', and report this.")
+
+
+def verify(optimizer: "Optimizer", grads_and_vars: Iterable[tuple[Any, Tensor]], executor: Executor = "triton") -> Report:
+    """Run one step on copies through the reference and through `executor`, and compare every variable and slot.
+
+    Neither the optimizer nor the variables change.
+
+    Args:
+        optimizer: any optimizer, built or not.
+        grads_and_vars: as for `apply_gradients`.
+        executor: "triton", "reference" or "auto".
+
+    Returns a Report: per variable and slot equal, max_ulp and max_abs; `report.equal` for all of them, `str(report)` to print.
+    Raises what `apply_gradients` raises.
+    """
+    pairs = list(grads_and_vars)
+    return Report(executor, tuple(optimizer._compare(pairs, executor)))

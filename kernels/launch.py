@@ -1,0 +1,123 @@
+"""Launching the kernel: tables, block sizes, counters, and the choice between the compiler and the interpreter."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+
+from fused_kopt.kernels import rules
+from fused_kopt.kernels.update import update_bucket
+
+# One program per 65,536 elements: a program costs the interpreter about 1 ms whatever its size.
+INTERPRETER_BLOCK = 65_536
+# 128 threads of 8 float32 elements: two 128-bit accesses each. 4 elements where widths mix (more would shuffle layouts
+# through shared memory) and in float64 (the same bytes).
+BLOCK, NARROW_BLOCK, NUM_WARPS = 1024, 512, 4
+
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+# Triton's interpreter keeps the program index and its patches of triton.language in globals: one launch at a time.
+_INTERPRETER_LOCK = threading.Lock()
+_counter_lock = threading.Lock()
+_launches = 0
+
+
+def counters() -> tuple[int, int]:
+    """Launches and compilations in this process so far."""
+    return _launches, sum(len(cache[0]) for cache in update_bucket.device_caches.values())
+
+
+def block_size(variable: torch.dtype, gradient: torch.dtype) -> int:
+    """Elements per program in a compiled kernel."""
+    return BLOCK if variable == gradient == torch.float32 else NARROW_BLOCK
+
+
+class Tables:
+    """A bucket's device tables. The block table depends on shapes alone; the segment table is uploaded when it changes."""
+
+    def __init__(self, blocks: list[tuple[int, int]], device: torch.device) -> None:
+        self.grid = len(blocks)
+        self.blocks = torch.tensor(blocks, dtype=torch.int32, device=device).reshape(-1, 2)
+        self._rows: list[tuple[int, ...]] = []
+        self._segments = torch.empty(0)
+
+    def segments(self, rows: list[tuple[int, ...]]) -> Tensor:
+        """The segment table, int64[n, 4], holding `rows`."""
+        if rows != self._rows:
+            # a new tensor each time: a launch in flight may still read the old one
+            self._segments = torch.tensor(rows, dtype=torch.int64).to(self.blocks.device)
+            self._rows = rows
+        return self._segments
+
+
+def _rows(update: Any, gradient_dtype: torch.dtype) -> list[tuple[int, ...]]:
+    rows: list[tuple[int, ...]] = []
+    for segment, variable, gradient in zip(update.bucket.segments, update.variables, update.gradients, strict=True):
+        if variable is None or gradient.dtype != gradient_dtype:
+            rows.append((0, 0, 0, segment.offset))
+        else:
+            rows.append((variable.data_ptr(), gradient.data_ptr(), segment.numel, segment.offset))
+    return rows
+
+
+def _tables(update: Any, block: int) -> Tables:
+    bucket = update.bucket
+    if bucket.tables is None:
+        bucket.tables = {}
+    if block not in bucket.tables:
+        bucket.tables[block] = Tables(update.blocks(block), bucket.device)
+    tables: Tables = bucket.tables[block]
+    return tables
+
+
+def _scalar_row(scalars: Sequence[float], dtype: torch.dtype, device: torch.device) -> Any:
+    """The scalars as a tuple of the same class that holds pointers to them."""
+    row = torch.tensor(scalars, dtype=dtype, device=device)
+    return type(scalars)(*row.split(1))
+
+
+def run(update: Any, prepare: Any) -> None:
+    """Launch an update (`fused_kopt.execute.Update`): once, or once per gradient dtype where gradients differ in it."""
+    for dtype in dict.fromkeys(g.dtype for g in update.gradients if g is not None):
+        _launch(update, prepare, dtype)
+
+
+def _launch(update: Any, prepare: Any, gradient_dtype: torch.dtype) -> None:
+    global _launches
+    bucket = update.bucket
+    interpret = bucket.device.type == "cpu"
+    block = INTERPRETER_BLOCK if interpret else block_size(bucket.dtype, gradient_dtype)
+    tables = _tables(update, block)
+    if not tables.grid:
+        return
+    by_pointer = interpret or bucket.compute == torch.float64
+    scalars = _scalar_row(update.scalars, bucket.compute, bucket.device) if by_pointer else update.scalars
+    arguments = (tables.segments(_rows(update, gradient_dtype)), tables.blocks, update.factors, update.slots, scalars)
+    wrap = rules.interpreted if interpret else rules.compiled
+    constants = {
+        "RULE": wrap(update.rule),
+        "PREPARE": wrap(prepare),
+        "SCALARS": type(update.scalars) if by_pointer else None,
+        "VARIABLE": TRITON_DTYPE[bucket.dtype],
+        "GRADIENT": TRITON_DTYPE[gradient_dtype],
+        "COMPUTE": TRITON_DTYPE[bucket.compute],
+        "BLOCK": block,
+    }
+    with _counter_lock:
+        _launches += 1
+    if interpret:
+        _interpret(tables.grid, arguments, constants)
+    else:
+        # explicit: the default of enable_fp_fusion flips between Triton releases, and with it the bits
+        update_bucket[(tables.grid,)](*arguments, **constants, num_warps=NUM_WARPS, enable_fp_fusion=False)
+
+
+def _interpret(grid: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    kernel = interpreter.InterpretedFunction(rules.interpreted(update_bucket.fn))
+    with _INTERPRETER_LOCK, np.errstate(all="ignore"):
+        kernel[(grid,)](*arguments, **constants)

@@ -1,0 +1,91 @@
+"""The one kernel: every optimizer, every variable of a bucket, one launch. The rule reaches it as a constexpr."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pointer(address, STORED: tl.constexpr):
+    # bfloat16 travels as its bits: the interpreter truncates and AMD's cast differs, integer rounding is right everywhere
+    if STORED == tl.bfloat16:
+        return address.to(tl.pointer_type(tl.uint16))
+    else:
+        return address.to(tl.pointer_type(STORED))
+
+
+@triton.jit
+def decode(x, STORED: tl.constexpr, COMPUTE: tl.constexpr):
+    if STORED == tl.bfloat16:
+        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(COMPUTE)
+
+
+@triton.jit
+def encode(x, STORED: tl.constexpr):
+    if STORED == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
+        return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16)
+    else:
+        return x.to(STORED)
+
+
+@triton.jit
+def update_block(
+    variable, gradient, slots, s, factors, lanes, mask,
+    RULE: tl.constexpr, PREPARE: tl.constexpr, VARIABLE: tl.constexpr, GRADIENT: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Load, compute, store BLOCK elements. Pointers are at the block's first element; mask is None for a full block."""
+    p = decode(tl.load(variable + lanes, mask=mask), VARIABLE, COMPUTE)
+    g = decode(tl.load(gradient + lanes, mask=mask), GRADIENT, COMPUTE)
+    values = ()
+    for i in tl.static_range(len(slots)):
+        values += (tl.load(slots[i] + lanes, mask=mask),)
+    p, values = RULE(p, PREPARE(g, factors), values, s)
+    tl.store(variable + lanes, encode(p, VARIABLE), mask=mask)
+    for i in tl.static_range(len(slots)):
+        tl.store(slots[i] + lanes, values[i], mask=mask)
+
+
+@triton.jit
+def update_bucket(
+    segments, blocks, factors, slots, s,
+    RULE: tl.constexpr, PREPARE: tl.constexpr, SCALARS: tl.constexpr,
+    VARIABLE: tl.constexpr, GRADIENT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update one bucket in place, one program per block.
+
+    segments: int64[n, 4] = variable address, gradient address, numel (0: absent in this step), first element in the slots.
+    blocks: int32[grid, 2] = segment, block of it. factors: COMPUTE[n, 5], what PREPARE does to the gradient.
+    slots: tuple of flat buffers (COMPUTE). s: the scalars, as floats, or where SCALARS is their class as pointers to them.
+    """
+    block = blocks + 2 * tl.program_id(0)
+    segment = tl.load(block).to(tl.int64)
+    start = tl.load(block + 1).to(tl.int64) * BLOCK
+    row = segments + 4 * segment
+    variable = tl.load(row)
+    gradient = tl.load(row + 1)
+    left = tl.load(row + 2) - start
+    slot_start = tl.multiple_of(tl.load(row + 3), 16) + start
+    views = ()
+    for i in tl.static_range(len(slots)):
+        views += (slots[i] + slot_start,)
+    f = ()
+    for i in tl.static_range(5):
+        f += (tl.load(factors + 5 * segment + i),)
+    if SCALARS is not None:
+        # a float argument of a kernel is float32: float64 scalars come through memory
+        scalars = SCALARS(*[tl.load(x) for x in s])
+    else:
+        scalars = s
+    lanes = tl.arange(0, BLOCK)
+    if (left >= BLOCK) & ((variable | gradient) % 16 == 0):
+        # the cast first, then the hint, then the offset: the order that vectorises to 128 bits
+        v = tl.multiple_of(pointer(variable, VARIABLE), 16) + start
+        g = tl.multiple_of(pointer(gradient, GRADIENT), 16) + start
+        update_block(v, g, views, scalars, f, lanes, None, RULE, PREPARE, VARIABLE, GRADIENT, COMPUTE)
+    else:
+        v = pointer(variable, VARIABLE) + start
+        g = pointer(gradient, GRADIENT) + start
+        update_block(v, g, views, scalars, f, lanes, lanes < left, RULE, PREPARE, VARIABLE, GRADIENT, COMPUTE)
