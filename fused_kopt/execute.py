@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kopt import layout, op
+from fused_kopt import layout, prepare
 from fused_kopt.buffers import Bucket
 
 Executor = Literal["auto", "reference", "triton"]
@@ -20,20 +20,6 @@ EXECUTORS: tuple[Executor, ...] = ("auto", "reference", "triton")
 
 # (p, g, slots, s) -> (p, slots); p, g and slots have one shape and dtype, s holds the step's scalars
 Rule = Callable[[Any, Any, tuple[Any, ...], Any], tuple[Any, tuple[Any, ...]]]
-
-# What one launch may do to a gradient first, with its neutral element: grad_scale, bound, multiplier, divisor, scale.
-NEUTRAL_FACTORS = (1.0, float("inf"), 1.0, 1.0, 1.0)
-
-
-def keep(g: Any, f: Any) -> Any:
-    """The gradient as it is."""
-    return g
-
-
-def scale_and_clip(g: Any, f: Any) -> Any:
-    """Loss scale, clipvalue, clipnorm, global_clipnorm, in Keras's order and rounding."""
-    grad_scale, bound, multiplier, divisor, scale = f
-    return op.div(op.clip(g * grad_scale, bound) * multiplier, divisor) * scale
 
 
 @dataclass
@@ -51,7 +37,7 @@ class Update:
     scalars: Sequence[float]
     """A NamedTuple of Python floats, rounded to the bucket's compute dtype."""
     factors: Tensor | None = None
-    """Compute dtype [segments, 5]: see NEUTRAL_FACTORS. None: all neutral."""
+    """Compute dtype [segments, 5]: see fused_kopt.prepare. None: all neutral."""
 
     @property
     def slots(self) -> tuple[Tensor, ...]:
@@ -83,7 +69,7 @@ def _reference(update: Update) -> None:
         slots = tuple(bucket.view(name, index) for name in update.names)
         g = gradient.to(compute)
         if update.factors is not None:
-            g = scale_and_clip(g, update.factors[index].unbind())
+            g = prepare.scale_and_clip(g, update.factors[index].unbind())
         p, values = update.rule(variable.to(compute), g, slots, scalars)
         variable.copy_(p)
         for slot, value in zip(slots, values, strict=True):
@@ -94,10 +80,10 @@ def _triton(update: Update) -> None:
     from fused_kopt.kernels import launch
 
     if update.factors is None:
-        neutral = torch.tensor([NEUTRAL_FACTORS], dtype=update.bucket.compute, device=update.bucket.device)
-        launch.run(replace(update, factors=neutral.repeat(len(update.variables), 1)), keep)
+        neutral = torch.tensor([prepare.NEUTRAL_FACTORS], dtype=update.bucket.compute, device=update.bucket.device)
+        launch.run(replace(update, factors=neutral.repeat(len(update.variables), 1)), prepare.keep)
     else:
-        launch.run(update, scale_and_clip)
+        launch.run(update, prepare.scale_and_clip)
 
 
 @functools.cache

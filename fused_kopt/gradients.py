@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fused_kopt import layout, tensors
-from fused_kopt.execute import NEUTRAL_FACTORS, Update
+from fused_kopt.execute import Update
+from fused_kopt.prepare import NEUTRAL_FACTORS
 
 logger = logging.getLogger("fused_kopt")
 

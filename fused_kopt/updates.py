@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fused_kopt import gradients, layout, tensors
+from fused_kopt import gradients, layout, prepare, tensors
 from fused_kopt.buffers import Bucket
-from fused_kopt.execute import Rule, Update, scale_and_clip
+from fused_kopt.execute import Rule, Update
 from fused_kopt.layout import clone
 from fused_kopt.slots import Slot
 from fused_kopt.state import State
@@ -114,7 +114,7 @@ def _merged(entry: Entry, compute: torch.dtype) -> Tensor:
     gradient = entry.gradient
     values = gradient._values().to(compute)
     if entry.factors is not None:
-        values = scale_and_clip(values, entry.factors.unbind())
+        values = prepare.scale_and_clip(values, entry.factors.unbind())
     merged = torch.sparse_coo_tensor(gradient._indices(), values, gradient.shape, check_invariants=True)
     return merged.coalesce()
 

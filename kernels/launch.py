@@ -8,16 +8,16 @@ import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import interpreter
+from triton.runtime import driver, interpreter
 
 from fused_kopt.kernels import rules
 from fused_kopt.kernels.update import update_bucket
 
 # One program per 65,536 elements: a program costs the interpreter about 1 ms whatever its size.
 INTERPRETER_BLOCK = 65_536
-# 128 threads of 8 float32 elements: two 128-bit accesses each. 4 elements where widths mix (more would shuffle layouts
-# through shared memory) and in float64 (the same bytes).
-BLOCK, NARROW_BLOCK, NUM_WARPS = 1024, 512, 4
+# 256 threads of 4 elements, 2 in float64: one 128-bit access per float32 or float64 tensor and thread, and few enough
+# registers (72) for 28 warps to share a multiprocessor. More elements in flight shuffle layouts where widths mix.
+THREADS, BLOCK, WIDE_BLOCK = 256, 1024, 512
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -32,9 +32,9 @@ def counters() -> tuple[int, int]:
     return _launches, sum(len(cache[0]) for cache in update_bucket.device_caches.values())
 
 
-def block_size(variable: torch.dtype, gradient: torch.dtype) -> int:
+def block_size(variable: torch.dtype) -> int:
     """Elements per program in a compiled kernel."""
-    return BLOCK if variable == gradient == torch.float32 else NARROW_BLOCK
+    return WIDE_BLOCK if variable == torch.float64 else BLOCK
 
 
 class Tables:
@@ -91,7 +91,7 @@ def _launch(update: Any, prepare: Any, gradient_dtype: torch.dtype) -> None:
     global _launches
     bucket = update.bucket
     interpret = bucket.device.type == "cpu"
-    block = INTERPRETER_BLOCK if interpret else block_size(bucket.dtype, gradient_dtype)
+    block = INTERPRETER_BLOCK if interpret else block_size(bucket.dtype)
     tables = _tables(update, block)
     if not tables.grid:
         return
@@ -114,7 +114,8 @@ def _launch(update: Any, prepare: Any, gradient_dtype: torch.dtype) -> None:
         _interpret(tables.grid, arguments, constants)
     else:
         # explicit: the default of enable_fp_fusion flips between Triton releases, and with it the bits
-        update_bucket[(tables.grid,)](*arguments, **constants, num_warps=NUM_WARPS, enable_fp_fusion=False)
+        warps = THREADS // driver.active.get_current_target().warp_size
+        update_bucket[(tables.grid,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
 
 
 def _interpret(grid: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:

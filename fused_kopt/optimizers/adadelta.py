@@ -21,7 +21,7 @@ class Scalars(NamedTuple):
     one: float
 
 
-def adadelta(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def adadelta(p, g, slots, s):
     gradients, updates = slots
     gradients = gradients * s.rho + g * g * s.one_minus_rho
     # one over the root first: Keras multiplies by it

@@ -18,7 +18,7 @@ class Scalars(NamedTuple):
     epsilon: float
 
 
-def adagrad(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def adagrad(p, g, slots, s):
     (accumulator,) = slots
     accumulator = accumulator + g * g
     return p - op.div(g * s.learning_rate, op.sqrt(accumulator) + s.epsilon), (accumulator,)

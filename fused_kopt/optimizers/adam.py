@@ -22,14 +22,14 @@ class Scalars(NamedTuple):
     epsilon: float
 
 
-def adam(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def adam(p, g, slots, s):
     m, v = slots
     m = m + (g - m) * s.one_minus_beta_1
     v = v + (g * g - v) * s.one_minus_beta_2
     return p - op.div(m * s.alpha, op.sqrt(v) + s.epsilon), (m, v)
 
 
-def amsgrad(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def amsgrad(p, g, slots, s):
     m, v, vhat = slots
     m = m + (g - m) * s.one_minus_beta_1
     v = v + (g * g - v) * s.one_minus_beta_2
@@ -40,14 +40,14 @@ def amsgrad(p: Any, g: Any, slots: Any, s: Any) -> Any:
 # Keras's sparse path rounds in another order: decay first, then the new term, and alpha's quotient before its product.
 
 
-def sparse_adam(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def sparse_adam(p, g, slots, s):
     m, v = slots
     m = m * s.beta_1 + g * s.one_minus_beta_1
     v = v * s.beta_2 + g * g * s.one_minus_beta_2
     return p - op.div(m * s.sparse_alpha, op.sqrt(v) + s.epsilon), (m, v)
 
 
-def sparse_amsgrad(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def sparse_amsgrad(p, g, slots, s):
     m, v, vhat = slots
     m = m * s.beta_1 + g * s.one_minus_beta_1
     v = v * s.beta_2 + g * g * s.one_minus_beta_2

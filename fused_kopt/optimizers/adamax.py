@@ -19,14 +19,14 @@ class Scalars(NamedTuple):
     epsilon: float
 
 
-def adamax(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def adamax(p, g, slots, s):
     m, v = slots
     m = m + (g - m) * s.one_minus_beta_1
     v = op.maximum(v * s.beta_2, op.abs(g))
     return p - op.div(m, v + s.epsilon) * s.alpha, (m, v)
 
 
-def sparse_adamax(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def sparse_adamax(p, g, slots, s):
     m, v = slots
     m = m * s.beta_1 + g * s.one_minus_beta_1
     v = op.maximum(v * s.beta_2, op.abs(g))

@@ -19,32 +19,32 @@ class Scalars(NamedTuple):
     two_l2_shrinkage: float
 
 
-def _follow(p: Any, g: Any, n: Any, z: Any, old_root: Any, root: Any, s: Any) -> Any:
+def _follow(p, g, n, z, old_root, root, s):
     """The variable rebuilt from z; g with shrinkage, roots are n ** power before and after."""
     z = z + (g - op.div(root - old_root, s.learning_rate) * p)
     moved = op.div(op.sign(z) * s.l1 - z, op.div(root, s.learning_rate) + s.two_l2)
     return op.where(op.abs(z) > s.l1, moved, 0.0), (n, z)
 
 
-def ftrl(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def ftrl(p, g, slots, s):
     old, z = slots
     n = old + g * g
     return _follow(p, g, n, z, op.sqrt(old), op.sqrt(n), s)
 
 
-def ftrl_shrunk(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def ftrl_shrunk(p, g, slots, s):
     old, z = slots
     n = old + g * g
     return _follow(p, g + p * s.two_l2_shrinkage, n, z, op.sqrt(old), op.sqrt(n), s)
 
 
-def ftrl_power(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def ftrl_power(p, g, slots, s):
     old, z = slots
     n = old + g * g
     return _follow(p, g, n, z, op.pow(old, s.power), op.pow(n, s.power), s)
 
 
-def ftrl_power_shrunk(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def ftrl_power_shrunk(p, g, slots, s):
     old, z = slots
     n = old + g * g
     return _follow(p, g + p * s.two_l2_shrinkage, n, z, op.pow(old, s.power), op.pow(n, s.power), s)

@@ -19,7 +19,7 @@ class Scalars(NamedTuple):
     one_minus_beta_2: float
 
 
-def lion(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def lion(p, g, slots, s):
     (m,) = slots
     direction = op.sign(m * s.beta_1 + g * s.one_minus_beta_1)
     return p - direction * s.learning_rate, (m * s.beta_2 + g * s.one_minus_beta_2,)

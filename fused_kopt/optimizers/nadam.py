@@ -28,7 +28,7 @@ class Scalars(NamedTuple):
     epsilon: float
 
 
-def nadam(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def nadam(p, g, slots, s):
     m, v = slots
     m = m * s.beta_1 + g * s.one_minus_beta_1
     v = v * s.beta_2 + g * g * s.one_minus_beta_2

@@ -25,27 +25,27 @@ class Scalars(NamedTuple):
 # Keras has two code paths: without momentum epsilon stands outside the root, with momentum inside.
 
 
-def rmsprop(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def rmsprop(p, g, slots, s):
     (rms,) = slots
     rms = rms * s.rho + g * g * s.one_minus_rho
     return p - op.div(g * s.learning_rate, op.sqrt(rms) + s.epsilon), (rms,)
 
 
-def centered(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def centered(p, g, slots, s):
     rms, mean = slots
     rms = rms * s.rho + g * g * s.one_minus_rho
     mean = mean * s.rho + g * s.one_minus_rho
     return p - op.div(g * s.learning_rate, op.sqrt(rms - mean * mean) + s.epsilon), (rms, mean)
 
 
-def with_momentum(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def with_momentum(p, g, slots, s):
     rms, velocity = slots
     rms = rms + (g * g - rms) * s.one_minus_rho
     velocity = velocity * s.momentum + op.div(g * s.learning_rate, op.sqrt(rms + s.epsilon))
     return p - velocity, (rms, velocity)
 
 
-def centered_with_momentum(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def centered_with_momentum(p, g, slots, s):
     rms, velocity, mean = slots
     rms = rms + (g * g - rms) * s.one_minus_rho
     mean = mean + (g - mean) * s.one_minus_rho

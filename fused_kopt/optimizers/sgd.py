@@ -15,17 +15,17 @@ class Scalars(NamedTuple):
     momentum: float
 
 
-def sgd(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def sgd(p, g, slots, s):
     return p - g * s.learning_rate, ()
 
 
-def momentum(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def momentum(p, g, slots, s):
     (velocity,) = slots
     velocity = velocity * s.momentum - g * s.learning_rate
     return p + velocity, (velocity,)
 
 
-def nesterov(p: Any, g: Any, slots: Any, s: Any) -> Any:
+def nesterov(p, g, slots, s):
     (velocity,) = slots
     velocity = velocity * s.momentum - g * s.learning_rate
     return p + (velocity * s.momentum - g * s.learning_rate), (velocity,)

@@ -1,0 +1,17 @@
+"""What a launch does to a gradient before the rule: rule text, run by every executor."""
+
+from fused_kopt import op
+
+# grad_scale, bound, multiplier, divisor, scale: the numbers that change nothing.
+NEUTRAL_FACTORS = (1.0, float("inf"), 1.0, 1.0, 1.0)
+
+
+def keep(g, f):
+    """The gradient as it is."""
+    return g
+
+
+def scale_and_clip(g, f):
+    """Loss scale, clipvalue, clipnorm, global_clipnorm, in Keras's order and rounding."""
+    grad_scale, bound, multiplier, divisor, scale = f
+    return op.div(op.clip(g * grad_scale, bound) * multiplier, divisor) * scale
