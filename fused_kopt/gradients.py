@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_kopt import layout, tensors
+from fused_kopt import layout, op, tensors
 from fused_kopt.execute import Update
 from fused_kopt.prepare import NEUTRAL_FACTORS
 
@@ -72,6 +72,9 @@ def _gradient(given: Any, variable: Tensor, what: str) -> Tensor:
                 f"{what} has {gradient.sparse_dim()} sparse dimensions; rows (1) are supported, as from Embedding(sparse=True)."
             )
         tensors.check_storage(gradient._values(), what)
+        rows = gradient._indices()
+        if rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < variable.shape[0]):
+            raise ValueError(f"{what} has row indices from {int(rows.min())} to {int(rows.max())} for {variable.shape[0]} rows.")
     else:
         tensors.check_storage(gradient, what)
     if gradient.shape != variable.shape:
@@ -109,7 +112,7 @@ def clip_factors(pairs: Sequence[tuple[Tensor, Tensor]], clips: Mapping[str, flo
     """
     if grad_scale == 1.0 and all(c is None for c in clips.values()):
         return [None] * len(pairs)
-    factors, norms = [], []
+    factors, squares = [], []
     for gradient, variable in pairs:
         dtype = layout.compute_dtype(variable.dtype)
         row = torch.tensor(NEUTRAL_FACTORS, dtype=dtype, device=variable.device)
@@ -117,31 +120,30 @@ def clip_factors(pairs: Sequence[tuple[Tensor, Tensor]], clips: Mapping[str, flo
         if clips["clipvalue"] is not None:
             row[1] = clips["clipvalue"]
         if clips["clipnorm"] is not None or clips["global_clipnorm"] is not None:
-            norm = _norm(values(gradient).to(dtype), row)
+            square = _square_norm(values(gradient).to(dtype), row)
             if clips["clipnorm"] is not None:
                 row[2] = clips["clipnorm"]
-                row[3] = torch.maximum(norm.to(dtype), row[2])
-                norm = norm * row[2].double() / row[3].double()
-            norms.append(norm)
+                row[3] = torch.maximum(op.sqrt(square).to(dtype), row[2])
+                square = square * (row[2].double() / row[3].double()) ** 2
+            squares.append(square)
         factors.append(row)
     if clips["global_clipnorm"] is not None:
-        _set_global_scale(factors, norms, clips["global_clipnorm"])
+        _set_global_scale(factors, squares, clips["global_clipnorm"])
     return list(factors)
 
 
-def _norm(g: Tensor, row: Tensor) -> Tensor:
-    """The float64 norm of the scaled, value-clipped gradient; 0-d."""
-    clipped = torch.clamp(g * row[0], -row[1], row[1])
-    norm: Tensor = torch.linalg.vector_norm(clipped, dtype=torch.float64)
-    return norm
+def _square_norm(g: Tensor, row: Tensor) -> Tensor:
+    """The float64 sum of squares of the scaled, value-clipped gradient; 0-d."""
+    clipped = torch.clamp(g * row[0], -row[1], row[1]).double().flatten()
+    return torch.dot(clipped, clipped)
 
 
-def _set_global_scale(factors: Sequence[Tensor], norms: Sequence[Tensor], clip: float) -> None:
+def _set_global_scale(factors: Sequence[Tensor], squares: Sequence[Tensor], clip: float) -> None:
     """Set each row's scale to clip * min(1 / G, 1 / clip) in its dtype; NaN where the global norm G is not finite."""
-    total = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    norm = op.sqrt(torch.stack([s.to(squares[0].device) for s in squares]).sum())
     for row in factors:
         bound = torch.tensor(clip, dtype=row.dtype, device=row.device)
-        g = total.to(row)
+        g = norm.to(row)
         row[4] = bound * torch.minimum(1 / g, 1 / bound) + (g - g)
 
 

@@ -200,8 +200,12 @@ class Step:
         return np.sqrt(value)
 
     def power(self, base: Any, exponent: Any) -> Any:
-        """base ** exponent: the double power rounded once, which is what TensorFlow's scalar power gives."""
-        return self.dtype(np.power(np.float64(base), np.float64(exponent)))
+        """base ** exponent by the C library, as TensorFlow's scalar power.
+
+        `**` on numpy scalars calls `powf` or `pow`. The np.power ufunc has a vector version that is an ulp off now and
+        then, and a rounded double power differs from `powf` in 1.2 % of (beta, t): beta_1 0.9 first at t = 685.
+        """
+        return self.dtype(base) ** self.dtype(exponent)
 
     def learning_rate(self, value: Any, decay: float) -> Any:
         """The learning rate of this step: schedule or value, divided by 1 + decay * iterations."""

@@ -53,8 +53,8 @@ class Optimizer(Contract):
     def rule(self) -> Rule:
         """The update rule of this configuration: a module-level function."""
 
-    def sparse_rule(self) -> Rule:
-        """The rule for sparse gradients, where Keras's operation order differs there."""
+    def sparse_rule(self, rank: int) -> Rule:
+        """The rule for sparse gradients of a variable of `rank` dimensions, where Keras's operation order differs there."""
         return self.rule()
 
     @abstractmethod
@@ -228,7 +228,7 @@ class Optimizer(Contract):
             scalars = self.scalars(step)
         floats = type(scalars)(*(float(x) for x in scalars))
         flat = tuple(slot for group in self.slot_groups() for slot in group)
-        return Recipe(flat, self.rule(), self.sparse_rule(), self.sparse_rows, floats)
+        return Recipe(flat, self.rule(), self.sparse_rule, self.sparse_rows, floats)
 
     def _begin(self, variables: Sequence[Tensor]) -> None:
         """Create what the first step creates: hyperparameters, iterations, slots."""

@@ -15,8 +15,8 @@ from fused_kopt.slots import Slot
 from fused_kopt.state import State
 
 # What a sparse gradient moves (keras-semantics: IndexedSlices): the touched rows only; all rows of the slots but only the
-# touched rows of the variable; or all rows of both.
-SparseRows = Literal["touched", "state", "all"]
+# touched rows of the variable; all rows of both; or, without slots, a step of its own for every occurrence of a row.
+SparseRows = Literal["touched", "state", "all", "each"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Recipe:
     slots: tuple[Slot, ...]
     """In rule order."""
     rule: Rule
-    sparse_rule: Rule
+    sparse_rule: Callable[[int], Rule]
     sparse_rows: SparseRows
     scalars: Sequence[float]
 
@@ -106,44 +106,60 @@ def _copier(target: Tensor, source: Tensor) -> Callable[[], object]:
 
 
 def _row_copier(target: Tensor, rows: Tensor, source: Tensor) -> Callable[[], object]:
-    return lambda: target.index_copy_(0, rows, source.index_select(0, rows) if source.shape == target.shape else source)
-
-
-def _merged(entry: Entry, compute: torch.dtype) -> Tensor:
-    """The sparse gradient in the compute dtype, clipped as stored, then with its duplicate rows summed."""
-    gradient = entry.gradient
-    values = gradient._values().to(compute)
-    if entry.factors is not None:
-        values = prepare.scale_and_clip(values, entry.factors.unbind())
-    merged = torch.sparse_coo_tensor(gradient._indices(), values, gradient.shape, check_invariants=True)
-    return merged.coalesce()
+    return lambda: target.index_copy_(0, rows, source)
 
 
 def _sparse(bucket: Bucket, entry: Entry, recipe: Recipe, written: tensors.Written) -> Launch:
-    merged = _merged(entry, bucket.compute)
-    if recipe.sparse_rows == "touched":
-        return _touched(bucket, entry.variable, merged, recipe)
-    launch = _dense(bucket, [Entry(merged.to_dense(), entry.variable, None)], recipe, recipe.sparse_rule, written)
+    """One sparse gradient: clipped as stored, then its duplicate rows summed, then the rule on the rows it moves."""
+    indices, values = entry.gradient._indices()[0], entry.gradient._values().to(bucket.compute)
+    if entry.factors is not None:
+        values = prepare.scale_and_clip(values, entry.factors.unbind())
+    variable = entry.variable
+    if recipe.sparse_rows == "each" and bucket.compute == variable.dtype:
+        return _each(bucket, variable, indices, values, recipe)
+    rows, sums = _merge(indices, values)
+    if recipe.sparse_rows in ("touched", "each"):
+        return _touched(bucket, variable, rows, sums, recipe)
+    dense = torch.zeros(variable.shape, dtype=bucket.compute, device=bucket.device).index_copy_(0, rows, sums)
+    launch = _dense(bucket, [Entry(dense, variable, None)], recipe, recipe.sparse_rule(variable.dim()), written)
     if recipe.sparse_rows == "state":
-        index = bucket.index[id(entry.variable)]
-        copy = clone(entry.variable.detach(), bucket.segments[index].stride)
-        launch.update.variables[index] = copy
-        launch.finish = [_row_copier(entry.variable.detach(), merged.indices()[0], copy)]
+        segment = bucket.segments[bucket.index[id(entry.variable)]]
+        copy = layout.clone(variable, segment.stride)
+        launch.update.variables[bucket.index[id(entry.variable)]] = copy
+        launch.finish = [lambda: variable.index_copy_(0, rows, copy.index_select(0, rows))]
     return launch
 
 
-def _touched(bucket: Bucket, variable: Tensor, merged: Tensor, recipe: Recipe) -> Launch:
+def _merge(indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct rows and the sums of their values."""
+    rows, place = torch.unique(indices, return_inverse=True)
+    sums = torch.zeros((len(rows), *values.shape[1:]), dtype=values.dtype, device=values.device)
+    if values.device.type == "cpu":  # one occurrence after the other, as TensorFlow sums; coalesce() does not
+        return rows, sums.index_add_(0, place, values)
+    return rows, sums.index_put_((place,), values, accumulate=True)  # sorts first, so that the order is the same in every run
+
+
+def _each(bucket: Bucket, variable: Tensor, indices: Tensor, values: Tensor, recipe: Recipe) -> Launch:
+    """The rule on zeros gives the steps of all occurrences, which are then added one after the other."""
+    steps = torch.zeros_like(values)
+    small = Bucket(bucket.device, bucket.dtype)
+    small.adopt(*small.grown([steps], recipe.slots))
+    update = Update(small, [steps], [values], (), recipe.sparse_rule(variable.dim()), recipe.scalars)
+    if variable.device.type == "cpu":
+        return Launch(update, [lambda: variable.index_add_(0, indices, steps)])
+    return Launch(update, [lambda: variable.index_put_((indices,), steps, accumulate=True)])
+
+
+def _touched(bucket: Bucket, variable: Tensor, rows: Tensor, sums: Tensor, recipe: Recipe) -> Launch:
     """The rule on the touched rows, gathered into a bucket of their own."""
-    rows, index = merged.indices()[0], bucket.index[id(variable)]
-    variable = variable.detach()
     gathered = variable.index_select(0, rows)
     small = Bucket(bucket.device, bucket.dtype)
     small.adopt(*small.grown([gathered], recipe.slots))
     names = tuple(slot.name for slot in recipe.slots)
-    launch = Launch(Update(small, [gathered], [merged.values()], names, recipe.sparse_rule, recipe.scalars))
+    launch = Launch(Update(small, [gathered], [sums], names, recipe.sparse_rule(variable.dim()), recipe.scalars))
     launch.finish.append(_row_copier(variable, rows, gathered))
     for name in names:
-        view, mine = bucket.view(name, index), small.view(name, 0)
+        view, mine = bucket.view(name, bucket.index[id(variable)]), small.view(name, 0)
         mine.copy_(view.index_select(0, rows))
         launch.finish.append(_row_copier(view, rows, mine))
     return launch

@@ -1,6 +1,7 @@
 """One step through two executors on copies, and what differed."""
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,9 @@ class Report:
 
 def compare(position: int, name: str, expected: Tensor, actual: Tensor) -> Comparison:
     """Compare two tensors of one shape and dtype."""
-    equal = bool(torch.equal(torch.nan_to_num(expected), torch.nan_to_num(actual)) and torch.equal(expected.isnan(), actual.isnan()))
+    # infinities as they are: nan_to_num's default would make them equal to the largest finite number
+    first, second = (torch.nan_to_num(t, posinf=math.inf, neginf=-math.inf) for t in (expected, actual))
+    equal = bool(torch.equal(first, second) and torch.equal(expected.isnan(), actual.isnan()))
     if equal or not expected.numel():
         return Comparison(position, name, equal, 0, 0.0)
     difference = (expected.double() - actual.double()).abs()

@@ -101,7 +101,7 @@ class Adam(Optimizer):
     def rule(self) -> Rule:
         return amsgrad if self.amsgrad else adam
 
-    def sparse_rule(self) -> Rule:
+    def sparse_rule(self, rank: int) -> Rule:
         return sparse_amsgrad if self.amsgrad else sparse_adam
 
     def scalars(self, step: Step) -> Scalars:

@@ -71,7 +71,7 @@ class Adamax(Optimizer):
     def rule(self) -> Rule:
         return adamax
 
-    def sparse_rule(self) -> Rule:
+    def sparse_rule(self, rank: int) -> Rule:
         return sparse_adamax
 
     def scalars(self, step: Step) -> Scalars:

@@ -19,35 +19,82 @@ class Scalars(NamedTuple):
     two_l2_shrinkage: float
 
 
-def _follow(p, g, n, z, old_root, root, s):
-    """The variable rebuilt from z; g with shrinkage, roots are n ** power before and after."""
-    z = z + (g - op.div(root - old_root, s.learning_rate) * p)
+# sigma = (root' - root) / lr, where root = n ** power; the linear slot grows by the gradient (shrunk) less sigma * w.
+
+
+def _rebuilt(z, root, s):
+    """The variable from the linear slot."""
     moved = op.div(op.sign(z) * s.l1 - z, op.div(root, s.learning_rate) + s.two_l2)
-    return op.where(op.abs(z) > s.l1, moved, 0.0), (n, z)
+    return op.where(op.abs(z) > s.l1, moved, 0.0)
+
+
+def _half(p, g, shrunk, slots, s):
+    """Power -0.5: the root is a square root."""
+    old, z = slots
+    n = old + g * g
+    root = op.sqrt(n)
+    z = z + (shrunk - op.div(root - op.sqrt(old), s.learning_rate) * p)
+    return _rebuilt(z, root, s), (n, z)
+
+
+def _general(p, g, shrunk, slots, s):
+    """Any other power."""
+    old, z = slots
+    n = old + g * g
+    root = op.pow(n, s.power)
+    z = z + (shrunk - op.div(root - op.pow(old, s.power), s.learning_rate) * p)
+    return _rebuilt(z, root, s), (n, z)
 
 
 def ftrl(p, g, slots, s):
-    old, z = slots
-    n = old + g * g
-    return _follow(p, g, n, z, op.sqrt(old), op.sqrt(n), s)
+    return _half(p, g, g, slots, s)
 
 
 def ftrl_shrunk(p, g, slots, s):
-    old, z = slots
-    n = old + g * g
-    return _follow(p, g + p * s.two_l2_shrinkage, n, z, op.sqrt(old), op.sqrt(n), s)
+    return _half(p, g, g + p * s.two_l2_shrinkage, slots, s)
 
 
 def ftrl_power(p, g, slots, s):
-    old, z = slots
-    n = old + g * g
-    return _follow(p, g, n, z, op.pow(old, s.power), op.pow(n, s.power), s)
+    return _general(p, g, g, slots, s)
 
 
 def ftrl_power_shrunk(p, g, slots, s):
+    return _general(p, g, g + p * s.two_l2_shrinkage, slots, s)
+
+
+# TensorFlow's sparse operation on vectors adds the gradient to z first.
+
+
+def _half_vector(p, g, shrunk, slots, s):
     old, z = slots
     n = old + g * g
-    return _follow(p, g + p * s.two_l2_shrinkage, n, z, op.pow(old, s.power), op.pow(n, s.power), s)
+    root = op.sqrt(n)
+    z = z + shrunk - op.div(root - op.sqrt(old), s.learning_rate) * p
+    return _rebuilt(z, root, s), (n, z)
+
+
+def _general_vector(p, g, shrunk, slots, s):
+    old, z = slots
+    n = old + g * g
+    root = op.pow(n, s.power)
+    z = z + shrunk - op.div(root - op.pow(old, s.power), s.learning_rate) * p
+    return _rebuilt(z, root, s), (n, z)
+
+
+def vector(p, g, slots, s):
+    return _half_vector(p, g, g, slots, s)
+
+
+def vector_shrunk(p, g, slots, s):
+    return _half_vector(p, g, g + p * s.two_l2_shrinkage, slots, s)
+
+
+def vector_power(p, g, slots, s):
+    return _general_vector(p, g, g, slots, s)
+
+
+def vector_power_shrunk(p, g, slots, s):
+    return _general_vector(p, g, g + p * s.two_l2_shrinkage, slots, s)
 
 
 class Ftrl(Optimizer):
@@ -108,11 +155,17 @@ class Ftrl(Optimizer):
     def slot_groups(self) -> SlotGroups:
         return ((Slot("accumulator", self._initial_accumulator_value), Slot("linear")),)
 
-    def rule(self) -> Rule:
+    def _choose(self, half: Rule, half_shrunk: Rule, power: Rule, power_shrunk: Rule) -> Rule:
         shrunk = self._l2_shrinkage_regularization_strength > 0
         if float(self.learning_rate_power) == -0.5:
-            return ftrl_shrunk if shrunk else ftrl
-        return ftrl_power_shrunk if shrunk else ftrl_power
+            return half_shrunk if shrunk else half
+        return power_shrunk if shrunk else power
+
+    def rule(self) -> Rule:
+        return self._choose(ftrl, ftrl_shrunk, ftrl_power, ftrl_power_shrunk)
+
+    def sparse_rule(self, rank: int) -> Rule:
+        return self._choose(vector, vector_shrunk, vector_power, vector_power_shrunk) if rank == 1 else self.rule()
 
     def scalars(self, step: Step) -> Scalars:
         rate = self._rate(step)

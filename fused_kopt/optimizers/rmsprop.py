@@ -20,6 +20,7 @@ class Scalars(NamedTuple):
     one_minus_rho: float
     momentum: float
     epsilon: float
+    one: float
 
 
 # Keras has two code paths: without momentum epsilon stands outside the root, with momentum inside.
@@ -50,6 +51,24 @@ def centered_with_momentum(p, g, slots, s):
     rms = rms + (g * g - rms) * s.one_minus_rho
     mean = mean + (g - mean) * s.one_minus_rho
     velocity = velocity * s.momentum + op.div(g * s.learning_rate, op.sqrt(rms - mean * mean + s.epsilon))
+    return p - velocity, (rms, velocity, mean)
+
+
+# Keras's sparse operation with momentum has yet another order: one over the root first.
+
+
+def sparse_with_momentum(p, g, slots, s):
+    rms, velocity = slots
+    rms = rms * s.rho + g * g * s.one_minus_rho
+    velocity = velocity * s.momentum + op.div(s.one, op.sqrt(rms + s.epsilon)) * s.learning_rate * g
+    return p - velocity, (rms, velocity)
+
+
+def sparse_centered_with_momentum(p, g, slots, s):
+    rms, velocity, mean = slots
+    rms = rms * s.rho + g * g * s.one_minus_rho
+    mean = mean * s.rho + g * s.one_minus_rho
+    velocity = velocity * s.momentum + op.div(s.one, op.sqrt(rms + s.epsilon - mean * mean)) * s.learning_rate * g
     return p - velocity, (rms, velocity, mean)
 
 
@@ -107,9 +126,14 @@ class RMSprop(Optimizer):
             return centered_with_momentum if self.centered else with_momentum
         return centered if self.centered else rmsprop
 
+    def sparse_rule(self, rank: int) -> Rule:
+        if not self._has_momentum:
+            return self.rule()
+        return sparse_centered_with_momentum if self.centered else sparse_with_momentum
+
     def scalars(self, step: Step) -> Scalars:
         rho = step.number(self.rho)
-        return Scalars(self._rate(step), rho, 1 - rho, step.number(self.momentum), step.exact(self.epsilon))
+        return Scalars(self._rate(step), rho, 1 - rho, step.number(self.momentum), step.exact(self.epsilon), step.exact(1.0))
 
     def _compatible(self, weights: Sequence[Any]) -> Sequence[Any]:
         return without_iterations(weights, len(self.weights))

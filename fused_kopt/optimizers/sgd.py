@@ -8,6 +8,7 @@ from fused_kopt.execute import Rule
 from fused_kopt.hyperparameters import Hyperparameter, Options, Step, check_fraction
 from fused_kopt.optimizer import Optimizer
 from fused_kopt.slots import Slot, SlotGroups
+from fused_kopt.updates import SparseRows
 
 
 class Scalars(NamedTuple):
@@ -57,6 +58,11 @@ class SGD(Optimizer):
         self._has_momentum = not isinstance(momentum, (int, float)) or momentum > 0
         self.momentum = momentum
         self.nesterov = nesterov
+
+    @property
+    def sparse_rows(self) -> SparseRows:  # type: ignore[override]
+        """Keras applies every occurrence of a row by itself without momentum, and their sum with it."""
+        return "touched" if self._has_momentum else "each"
 
     def slot_groups(self) -> SlotGroups:
         return ((Slot("momentum"),),) if self._has_momentum else ()
