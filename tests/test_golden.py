@@ -2,16 +2,19 @@
 
 import itertools
 import json
+import platform
 from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from golden.cases import CASES, Case, Gradient, Slices, checksum, initial, path, steps
+from golden.cases import CASES
+from golden.draw import FOLDER, Case, Gradient, Slices, checksum, initial, path, steps
 from torch import Tensor
 
 from fused_kopt import optimizers
+from fused_kopt.hyperparameters import Step
 from fused_kopt.optimizer import Optimizer
 
 SHORT = 10  # steps; the interpreter takes 35 ms a step, hence 8 minutes for all cases in full
@@ -34,6 +37,20 @@ def test_golden(case: Case, executor: str, request: pytest.FixtureRequest) -> No
                 compare(case, f"variable/{step}/{index}", variable.cpu().numpy(), recorded)
     if last == case.steps:
         compare_weights(case, optimizer.get_weights(), recorded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("beta", [0.9, 0.95, 0.99, 0.999])
+def test_A22_powers_of_beta_are_tensorflows(beta: float, dtype: torch.dtype) -> None:
+    with np.load(FOLDER / "powers.npz") as file:
+        recorded = file[f"{beta}/{str(dtype).removeprefix('torch.')}"]
+    steps_of = [Step(iterations, dtype) for iterations in range(len(recorded))]
+    got = np.array([step.power(step.number(beta), step.t) for step in steps_of])
+    got[got < np.finfo(got.dtype).tiny] = 0  # TensorFlow flushes subnormals; 1 - beta ** t is 1 either way
+    if platform.libc_ver()[0] == "glibc":
+        assert np.array_equal(got, recorded)
+    else:  # another C library may round powf the other way
+        assert ulps(got, recorded) <= 1
 
 
 def last_step(case: Case, executor: str, slow: bool) -> int:
