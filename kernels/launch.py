@@ -50,7 +50,7 @@ class Tables:
         """The segment table, int64[n, 4], holding `rows`."""
         if rows != self._rows:
             # a new tensor each time: a launch in flight may still read the old one
-            self._segments = torch.tensor(rows, dtype=torch.int64).to(self.blocks.device)
+            self._segments = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.blocks.device)
             self._rows = rows
         return self._segments
 

@@ -5,15 +5,6 @@ import triton.language as tl
 
 
 @triton.jit
-def pointer(address, STORED: tl.constexpr):
-    # bfloat16 travels as its bits: the interpreter truncates and AMD's cast differs, integer rounding is right everywhere
-    if STORED == tl.bfloat16:
-        return address.to(tl.pointer_type(tl.uint16))
-    else:
-        return address.to(tl.pointer_type(STORED))
-
-
-@triton.jit
 def decode(x, STORED: tl.constexpr, COMPUTE: tl.constexpr):
     if STORED == tl.bfloat16:
         return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -80,12 +71,16 @@ def update_bucket(
     else:
         scalars = s
     lanes = tl.arange(0, BLOCK)
+    # bfloat16 travels as its bits: the interpreter truncates and AMD's cast differs, integer rounding is right everywhere
+    V: tl.constexpr = tl.pointer_type(tl.uint16 if VARIABLE == tl.bfloat16 else VARIABLE)
+    G: tl.constexpr = tl.pointer_type(tl.uint16 if GRADIENT == tl.bfloat16 else GRADIENT)
     if (left >= BLOCK) & ((variable | gradient) % 16 == 0):
-        # the cast first, then the hint, then the offset: the order that vectorises to 128 bits
-        v = tl.multiple_of(pointer(variable, VARIABLE), 16) + start
-        g = tl.multiple_of(pointer(gradient, GRADIENT), 16) + start
+        # the cast first and in place, then the hint, then the offset: the order that vectorises to 128 bits (a cast in a
+        # function of its own loses the hint in Triton 3.6)
+        v = tl.multiple_of(variable.to(V), 16) + start
+        g = tl.multiple_of(gradient.to(G), 16) + start
         update_block(v, g, views, scalars, f, lanes, None, RULE, PREPARE, VARIABLE, GRADIENT, COMPUTE)
     else:
-        v = pointer(variable, VARIABLE) + start
-        g = pointer(gradient, GRADIENT) + start
+        v = variable.to(V) + start
+        g = gradient.to(G) + start
         update_block(v, g, views, scalars, f, lanes, lanes < left, RULE, PREPARE, VARIABLE, GRADIENT, COMPUTE)
