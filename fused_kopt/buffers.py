@@ -54,12 +54,28 @@ class Bucket:
         for views in self.views.values():
             views += [None] * len(new)
         for name, buffer in flat.items():
-            views = self.views.setdefault(name, [None] * len(self.variables))
-            for segment, view in zip(self.segments, views, strict=True):
-                if view is not None:
-                    view.set_(buffer.untyped_storage(), segment.offset, segment.shape, segment.stride)
+            self._move(self.views.setdefault(name, [None] * len(self.variables)), buffer)
         if new or flat:
             self.tables = None
+
+    def mark(self) -> tuple[int, dict[str, Tensor]]:
+        """What `back_to` needs to undo an `adopt` that was interrupted."""
+        return len(self.variables), dict(self.flat)
+
+    def back_to(self, mark: tuple[int, dict[str, Tensor]]) -> None:
+        """As it was at the mark; the old buffers still hold the slots' values."""
+        count, self.flat = mark
+        del self.variables[count:], self.segments[count:]
+        self.index = {id(v): i for i, v in enumerate(self.variables)}
+        self.views = {name: views[:count] for name, views in self.views.items() if name in self.flat}
+        for name, views in self.views.items():
+            self._move(views, self.flat[name])
+        self.tables = None
+
+    def _move(self, views: Iterable[Tensor | None], buffer: Tensor) -> None:
+        for segment, view in zip(self.segments, views, strict=True):
+            if view is not None:
+                view.set_(buffer.untyped_storage(), segment.offset, segment.shape, segment.stride)
 
     def view(self, name: str, index: int) -> Tensor:
         """The slot `name` of variable `index`, made visible on first use."""

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Self
@@ -67,8 +68,8 @@ class Contract(ABC):
     def _config(self, **own: Any) -> dict[str, Any]:
         """The common keys, then a class's own."""
         clips = {key: value for key, value in self._clips.items() if value is not None}
-        rate = hyperparameters.serializable(self._hyper["learning_rate"])
-        return {"name": self._name, **clips, "learning_rate": rate, "decay": self._initial_decay, **own}
+        config = {"name": self._name, **clips, "learning_rate": self._hyper["learning_rate"], "decay": self._initial_decay, **own}
+        return {key: hyperparameters.serializable(value) for key, value in config.items()}
 
     def _value(self, name: str) -> Any:
         """A hyperparameter for get_config: as given until it is live, then its float32 value."""
@@ -165,7 +166,8 @@ class Contract(ABC):
             raise RuntimeError(
                 "Cannot set `iterations` to a new Variable after the Optimizer weights have been created. Use set_weights()."
             )
-        self._state.make_iterations().fill_(int(value))
+        count = int(value)
+        self._state.make_iterations().fill_(count)
 
     @property
     def weights(self) -> list[Tensor]:
@@ -211,7 +213,7 @@ class Contract(ABC):
 
         initializer: "zeros", "ones", a number, a tensor or a callable of (shape, dtype=). shape: default the variable's.
         """
-        with self._lock:
+        with self._lock, torch.inference_mode(False):
             return self._state.add_slot(var, Slot(slot_name), shape, initializer)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -226,5 +228,5 @@ class Contract(ABC):
 def without_iterations(weights: Sequence[Any], expected: int) -> Sequence[Any]:
     """A V1 list, which lacks the iterations, with a 0 in front. Source: Keras's RMSprop, Adagrad and Adadelta."""
     if len(weights) == expected - 1:
-        return [torch.zeros((), dtype=torch.int64), *weights]
+        return [np.zeros((), np.int64), *weights]
     return weights

@@ -105,13 +105,21 @@ def choose(executor: Executor, device: torch.device) -> Chosen:
     """
     if executor == "reference" or (executor == "auto" and device.type == "cpu"):
         return "reference"
-    reason = why_not_triton()
+    reason = why_not_triton() or _why_not_on(device)
     if reason is None:
         return "triton"
     if executor == "triton":
         raise RuntimeError(f"executor='triton' is not available: {reason}. Use executor='auto' or 'reference'.")
     warn_fallback(reason)
     return "reference"
+
+
+def _why_not_on(device: torch.device) -> str | None:
+    from fused_kopt.kernels import launch
+
+    if launch.INTERPRETED and not launch.interprets(device):
+        return "TRITON_INTERPRET=1 runs kernels on CPU tensors only; unset it before Triton is imported"
+    return None
 
 
 @functools.cache

@@ -88,8 +88,9 @@ def _from_array(gradient: Any, variable: Tensor, what: str) -> Tensor:
     array = np.asarray(gradient)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{what} must be a tensor or an array of real numbers. Received: {type(gradient).__name__} of {array.dtype}.")
-    # a copy: the array may be read-only or change under an asynchronous step
-    return torch.tensor(array, dtype=variable.dtype, device=variable.device)
+    # a copy: the array may be read-only or change under an asynchronous step, and torch reads native byte order and strides >= 0 only
+    native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+    return torch.tensor(native, dtype=variable.dtype, device=variable.device)
 
 
 def fit(gradient: Tensor, segment: layout.Segment, written: tensors.Written) -> Tensor:

@@ -1,8 +1,9 @@
 """Hyperparameters: OptimizerV2's options, live float32 values, and the scalars a step derives from them."""
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from fused_kopt.execute import EXECUTORS, Executor
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
+NUMBER = (int, float, np.integer, np.floating)
 
 
 class Options(TypedDict, total=False):
@@ -76,7 +78,7 @@ def check_fraction(name: str, value: Any) -> None:
 def check_not_negative(**arguments: Any) -> None:
     """Raises ValueError for a negative number."""
     for name, value in arguments.items():
-        if isinstance(value, (int, float)) and value < 0:
+        if not callable(value) and value < 0:
             raise ValueError(f"`{name}` needs to be positive or zero. Received: {name}={value}.")
 
 
@@ -119,19 +121,19 @@ class Hyperparameter:
 
     def __set__(self, owner: HasHypers, value: Any) -> None:
         old = owner._hyper.get(self.name)
-        if isinstance(value, (int, float, np.number)):
+        if isinstance(value, NUMBER):
             self._warn(float(value))
-            if isinstance(old, Tensor):
-                with torch.no_grad():
-                    old.fill_(float(value))
-                return
         elif isinstance(value, Tensor):
-            if value.dim() != 0 or not value.dtype.is_floating_point:
-                got = f"shape {tuple(value.shape)}, dtype {value.dtype}"
+            if value.dim() != 0 or not value.dtype.is_floating_point or value.is_meta:
+                got = f"shape {tuple(value.shape)}, dtype {value.dtype}, {value.device}"
                 raise ValueError(f"`{self.name}` as a tensor must be 0-d and floating. Received: {got}.")
         elif not callable(value):
             raise TypeError(f"`{self.name}` must be a number, a 0-d tensor or a callable. Received: {self.name}={value!r}.")
-        owner._hyper[self.name] = value
+        if isinstance(old, Tensor) and isinstance(value, (*NUMBER, Tensor)):
+            with torch.no_grad():  # in place, as Keras assigns to its variable: who holds the tensor sees the new value
+                old.fill_(value if isinstance(value, Tensor) else float(value))
+        else:
+            owner._hyper[self.name] = value
 
     def _warn(self, value: float) -> None:
         # Keras accepts any number; ours warns where a run would diverge or silently stand still.
@@ -149,10 +151,22 @@ def create(owner: HasHypers) -> None:
     """Turn every number into a live 0-d float32 tensor (once). None raises TypeError."""
     if owner._hypers_created:
         return
-    for name, value in owner._hyper.items():
-        if isinstance(value, (int, float, np.number)):
-            owner._hyper[name] = torch.tensor(float(value), dtype=torch.float32)
+    with torch.inference_mode(False):  # an inference tensor could not be written in place later
+        for name, value in owner._hyper.items():
+            if isinstance(value, NUMBER):
+                owner._hyper[name] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
     owner._hypers_created = True
+
+
+@contextlib.contextmanager
+def restored_on_error(owner: HasHypers) -> Iterator[None]:
+    """Hyperparameters that a failing step turned live are raw again after it."""
+    before = dict(owner._hyper), owner._hypers_created
+    try:
+        yield
+    except BaseException:
+        owner._hyper, owner._hypers_created = before
+        raise
 
 
 def ieee() -> Any:
@@ -173,6 +187,13 @@ def serializable(value: Any) -> Any:
     return serializable(value()) if callable(value) else value
 
 
+def _real(value: Any) -> Any:
+    """The value; TypeError unless it is a real number. numpy would read None as NaN and "0.1" as 0.1."""
+    if isinstance(value, NUMBER) or (isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "fiu"):
+        return value
+    raise TypeError(f"A hyperparameter must be, and a callable return, a real number or a 0-d tensor. Received: {value!r}.")
+
+
 class Step:
     """What `scalars` derives a step's numbers from: numpy scalars of one dtype, so that every operation rounds as Keras's does.
 
@@ -184,16 +205,17 @@ class Step:
         self.torch_dtype = dtype
         self.iterations = iterations
         self.t = self.dtype(iterations + 1)
+        self.cache: Any = None  # what a rule's scalars leave for its _commit
 
     def number(self, value: Any) -> Any:
         """A hyperparameter in `dtype`; Python numbers pass through float32, as Keras's do."""
         if isinstance(value, Tensor):
             return self.dtype(value.item())
-        return self.dtype(np.float32(value))
+        return self.dtype(np.float32(_real(value)))
 
     def exact(self, value: float) -> Any:
         """A constant in `dtype` without the detour through float32 (epsilon)."""
-        return self.dtype(value)
+        return self.dtype(_real(value))
 
     def sqrt(self, value: Any) -> Any:
         """Square root in `dtype`."""
@@ -210,7 +232,7 @@ class Step:
     def learning_rate(self, value: Any, decay: float) -> Any:
         """The learning rate of this step: schedule or value, divided by 1 + decay * iterations."""
         if is_schedule(value):
-            value = value(torch.tensor(self.iterations, dtype=self.torch_dtype))
+            value = value(torch.tensor(self.iterations, dtype=self.torch_dtype, device="cpu"))
         rate = self.number(value)
         if decay > 0:
             rate = rate / (1 + self.number(decay) * self.dtype(self.iterations))

@@ -128,8 +128,7 @@ class Optimizer(Contract):
     def _compute_gradients(
         self, loss: Any, var_list: Any, grad_loss: Any = None, recorded: Any = None
     ) -> list[tuple[Tensor | None, Tensor]]:
-        variables = tape.flatten(var_list)
-        return list(zip(tape.gradients_of(loss, variables, grad_loss, recorded), variables, strict=True))
+        return tape.gradients_of(loss, var_list, grad_loss, recorded)
 
     def get_gradients(self, loss: Tensor, params: Any) -> list[Tensor]:
         """The gradients of `loss`; ValueError where a variable has none."""
@@ -138,7 +137,7 @@ class Optimizer(Contract):
 
     @contextlib.contextmanager
     def _one_step(self) -> Iterator[None]:
-        with self._lock:
+        with self._lock, torch.inference_mode(False):
             if self._stepping:
                 raise RuntimeError("re-entrant apply_gradients: something called it during a step of the same optimizer.")
             if self._torn:
@@ -171,9 +170,11 @@ class Optimizer(Contract):
         return pairs
 
     def _apply(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        prepared = self._prepare(pairs)
-        self._begin(prepared.variables)
-        verifying = self.verify_every and (int(self.iterations) + 1) % self.verify_every == 0
+        with hyperparameters.restored_on_error(self):
+            prepared = self._prepare(pairs)
+            done = next(iter(prepared.steps.values())).iterations
+            verifying = self.verify_every and (done + 1) % self.verify_every == 0
+            self._begin(prepared.variables)
         for launches in self._rounds(prepared):
             jobs = [(launch.update, prepared.executors[launch.update.bucket.device]) for launch in launches]
             jobs = [(update, verification.proven(update, executor, self._executor)) for update, executor in jobs]
@@ -216,7 +217,7 @@ class Optimizer(Contract):
 
     def _rounds(self, prepared: Prepared) -> Iterator[list[Launch]]:
         with torch.no_grad():
-            for entries in updates.rounds(prepared.entries):
+            for entries in updates.rounds(prepared.entries, self._state):
                 yield updates.plan(entries, self._state, lambda bucket: prepared.recipes[(bucket.device, bucket.dtype)])
 
     def _recipe(self, key: tuple[torch.device, torch.dtype], steps: dict[torch.dtype, Step]) -> Recipe:
@@ -232,8 +233,9 @@ class Optimizer(Contract):
 
     def _begin(self, variables: Sequence[Tensor]) -> None:
         """Create what the first step creates: hyperparameters, iterations, slots."""
+        weights = self._new_weights(variables)
         hyperparameters.create(self)
-        self._state.ensure(variables, self.slot_groups(), self._new_weights(variables), counted=True)
+        self._state.ensure(variables, self.slot_groups(), weights, counted=True)
 
 
 def _execute(launches: Sequence[Launch], executors: Sequence[Chosen]) -> None:

@@ -32,7 +32,8 @@ class State:
     def make_iterations(self) -> Tensor:
         """The step counter, 0-d int64, created as the next weight if it does not exist."""
         if self.iterations is None:
-            self.iterations = torch.zeros((), dtype=torch.int64)
+            with torch.inference_mode(False):
+                self.iterations = torch.zeros((), dtype=torch.int64, device="cpu")
             self.weights.append(self.iterations)
         return self.iterations
 
@@ -47,17 +48,32 @@ class State:
         flat = tuple(slot for group in groups for slot in group)
         grown = [(self.bucket(list_[0]), list_) for list_ in members.values()]
         plans = [(bucket, bucket.grown(list_, flat)) for bucket, list_ in grown]
-        if counted:
-            self.make_iterations()
-        self.weights.extend(first)
-        for bucket, plan in plans:
-            self.buckets[(bucket.device, bucket.dtype)] = bucket
-            bucket.adopt(*plan)
-        for variable, slot in slots.creation_order(variables, groups):
-            bucket = self.bucket(variable)
-            index = bucket.index[id(variable)]
-            if bucket.views[slot.name][index] is None:
-                self.weights.append(bucket.view(slot.name, index))
+        before = (self.iterations, len(self.weights), dict(self.buckets), [(bucket, bucket.mark()) for bucket, _ in grown])
+        made: list[tuple[Bucket, str, int]] = []
+        try:
+            if counted:
+                self.make_iterations()
+            self.weights.extend(first)
+            for bucket, plan in plans:
+                self.buckets[(bucket.device, bucket.dtype)] = bucket
+                bucket.adopt(*plan)
+            for variable, slot in slots.creation_order(variables, groups):
+                bucket = self.bucket(variable)
+                index = bucket.index[id(variable)]
+                if bucket.views[slot.name][index] is None:
+                    made.append((bucket, slot.name, index))
+                    view = bucket.view(slot.name, index)
+                    if slot.initial:  # add_slot may have made the buffer, of zeros
+                        view.fill_(slot.initial)
+                    self.weights.append(view)
+        except BaseException:  # Ctrl-C too: half-made slots would be taken for whole ones
+            for bucket, name, index in made:
+                bucket.views[name][index] = None
+            self.iterations, count, self.buckets, marks = before
+            del self.weights[count:]
+            for bucket, mark in marks:
+                bucket.back_to(mark)
+            raise
 
     def slot(self, variable: Tensor, name: str) -> Tensor | None:
         """The slot, or None."""
@@ -86,7 +102,7 @@ class State:
         if found is not None:
             return found
         size = tuple(variable.shape if shape is None else shape)
-        value = _initial_value(initializer, size, self.bucket(variable).compute)
+        value = _initial_value(initializer, size, self.bucket(variable).compute, variable.device)
         if size == tuple(variable.shape):
             self.ensure([variable], ((slot,),))
             view = self.bucket(variable).view(slot.name, self.bucket(variable).index[id(variable)])
@@ -111,13 +127,13 @@ class State:
         self.weights = [self.buckets[w[0]].view(*w[1:]) if isinstance(w, tuple) else w for w in state["weights"]]
 
 
-def _initial_value(initializer: Initializer, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _initial_value(initializer: Initializer, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(initializer, str):
         if initializer not in _INITIAL:
             raise ValueError(f"Unknown initializer: {initializer!r}. Use {sorted(_INITIAL)}, a number, a tensor or a callable.")
         initializer = _INITIAL[initializer]
     value = initializer(shape, dtype=dtype) if callable(initializer) else initializer
-    return torch.as_tensor(value, dtype=dtype).expand(shape)
+    return torch.as_tensor(value, dtype=dtype, device=device).expand(shape)
 
 
 def to_numpy(weight: Tensor) -> Any:
@@ -137,9 +153,18 @@ def assign(name: str, weights: Sequence[Tensor], values: Sequence[Any]) -> None:
             raise ValueError(
                 f"Optimizer weight shape {tuple(weight.shape)} not compatible with provided weight shape {tuple(value.shape)}."
             )
-        if not isinstance(value, Tensor) and np.asarray(value).dtype.kind not in "fiu":
-            raise TypeError(f"Optimizer weights must be real numbers. Received an array of dtype {np.asarray(value).dtype}.")
-    converted = [torch.as_tensor(np.ascontiguousarray(v) if isinstance(v, (np.ndarray, np.generic)) else v) for v in values]
+        kind = ("c" if value.is_complex() else "f") if isinstance(value, Tensor) else np.asarray(value).dtype.kind
+        if kind not in "fiu":
+            raise TypeError(f"Optimizer weights must be real numbers. Received: {type(value).__name__} of dtype {value.dtype}.")
+    # copies: a value that cannot be read fails before the first write, and live weights may be given in another order
+    converted = [_converted(value, weight) for weight, value in zip(weights, values, strict=True)]
     with torch.no_grad():
         for weight, tensor in zip(weights, converted, strict=True):
-            weight.copy_(tensor.reshape(weight.shape))
+            weight.copy_(tensor)
+
+
+def _converted(value: Any, weight: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(weight.device, weight.dtype, copy=True)
+    native = np.array(value, dtype=np.asarray(value).dtype.newbyteorder("="), order="C")  # torch reads no other byte order or strides < 0
+    return torch.tensor(native, dtype=weight.dtype, device=weight.device)

@@ -34,7 +34,6 @@ class GradientTape:
         self._persistent = persistent
         self._watch_all = watch_accessed_variables
         self._watched: dict[int, Tensor] = {}
-        self._enabled_here: list[Tensor] = []
         self._used = False
         self._grad_mode: torch.enable_grad | None = None
 
@@ -93,6 +92,7 @@ class GradientTape:
         if self._used:
             raise RuntimeError("A non-persistent GradientTape can only be used to compute one set of gradients. Use persistent=True.")
         self._used = not self._persistent
+        sources = list(sources) if isinstance(sources, Iterator) else sources  # model.parameters()
         variables = flatten(sources)
         watched = variables if self._watch_all else [v for v in variables if id(v) in self._watched]
         others = [t for t in _stack() if t is not self]
@@ -110,6 +110,8 @@ def flatten(nested: Any) -> list[Tensor]:
         raise ValueError("A variable or a list of variables is needed. Received: None.")
     if isinstance(nested, Tensor):
         return [nested]
+    if isinstance(nested, (str, bytes, set, frozenset)):
+        raise TypeError(f"Tensors must come in a list, tuple or dict. Received: {type(nested).__name__}.")
     if callable(nested):
         return flatten(nested())
     items = nested.values() if isinstance(nested, dict) else nested
@@ -126,6 +128,8 @@ def _like(structure: Any, leaves: Iterator[Any]) -> Any:
         return next(leaves)
     if isinstance(structure, dict):
         return {key: _like(value, leaves) for key, value in structure.items()}
+    if hasattr(structure, "_fields"):
+        return type(structure)(*(_like(item, leaves) for item in structure))
     if isinstance(structure, (list, tuple)):
         return type(structure)(_like(item, leaves) for item in structure)
     return [_like(item, leaves) for item in structure]
@@ -146,8 +150,13 @@ def differentiate(
     return [by_id.get(id(v)) for v in variables]
 
 
-def gradients_of(loss: Tensor | Callable[[], Tensor], variables: Sequence[Tensor], grad_loss: Any, tape: Any) -> list[Tensor | None]:
-    """Gradients of a callable loss, or of a tensor that `tape` recorded."""
+def gradients_of(loss: Tensor | Callable[[], Tensor], var_list: Any, grad_loss: Any, tape: Any) -> list[tuple[Tensor | None, Tensor]]:
+    """(gradient, variable) pairs of a callable loss, or of a tensor that `tape` recorded.
+
+    A callable `var_list` is called after the loss, which may create variables.
+    """
+    if not callable(var_list):
+        var_list = flatten(var_list)
     if callable(loss) and not isinstance(loss, Tensor):
         with GradientTape() if tape is None else tape as tape:
             target = loss()
@@ -155,8 +164,8 @@ def gradients_of(loss: Tensor | Callable[[], Tensor], variables: Sequence[Tensor
         raise ValueError("`tape` is required when a `Tensor` loss is passed. Pass the GradientTape that recorded it, or a callable loss.")
     else:
         target = loss
-    gradients: list[Tensor | None] = tape.gradient(target, list(variables), output_gradients=grad_loss)
-    return gradients
+    variables = flatten(var_list)
+    return list(zip(tape.gradient(target, variables, output_gradients=grad_loss), variables, strict=True))
 
 
 def required_gradients(loss: Tensor, variables: Sequence[Tensor]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """From checked pairs to launches: dense variables join their bucket's launch, sparse gradients run on gathered rows."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -48,8 +48,11 @@ class Entry:
     factors: Tensor | None
 
 
-def rounds(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    """Entries split so that no variable occurs twice in a round; the n-th occurrences form round n, as Keras applies them."""
+def rounds(entries: Sequence[Entry], state: State) -> Iterator[list[Entry]]:
+    """Entries split so that no variable occurs twice in a round; the n-th occurrences form round n, as Keras applies them.
+
+    A later gradient in memory that an earlier round writes is copied first: it counts as it was when the step began.
+    """
     left = list(entries)
     while left:
         seen: set[int] = set()
@@ -58,8 +61,18 @@ def rounds(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
         for entry in left:
             (later if id(entry.variable) in seen else now).append(entry)
             seen.add(id(entry.variable))
+        if later:
+            written = _written(now, state)
+            later = [replace(e, gradient=e.gradient.clone()) if written.touches(gradients.values(e.gradient)) else e for e in later]
         yield now
         left = later
+
+
+def _written(entries: Sequence[Entry], state: State) -> tensors.Written:
+    """The memory that a round writes: its variables, and the flat buffers of their buckets."""
+    buckets = {id(bucket): bucket for bucket in (state.bucket(entry.variable) for entry in entries)}
+    flats = [flat for bucket in buckets.values() for flat in bucket.flat.values()]
+    return tensors.Written([*(entry.variable for entry in entries), *flats])
 
 
 def plan(entries: Sequence[Entry], state: State, recipe: Callable[[Bucket], Recipe]) -> list[Launch]:
@@ -68,8 +81,7 @@ def plan(entries: Sequence[Entry], state: State, recipe: Callable[[Bucket], Reci
     for entry in entries:
         bucket = state.bucket(entry.variable)
         members.setdefault(id(bucket), (bucket, []))[1].append(entry)
-    flats = [flat for bucket, _ in members.values() for flat in bucket.flat.values()]
-    written = tensors.Written([*(entry.variable for entry in entries), *flats])
+    written = _written(entries, state)
     launches = []
     for bucket, mine in members.values():
         how = recipe(bucket)
@@ -90,7 +102,7 @@ def _dense(bucket: Bucket, entries: Sequence[Entry], recipe: Recipe, rule: Rule,
         index = bucket.index[id(entry.variable)]
         segment = bucket.segments[index]
         variable = entry.variable.detach()
-        if not layout.same_layout(segment.shape, segment.stride, variable.stride()):
+        if variable.is_neg() or not layout.same_layout(segment.shape, segment.stride, variable.stride()):
             copy = clone(variable, segment.stride)
             launch.finish.append(_copier(variable, copy))
             variable = copy

@@ -108,8 +108,8 @@ def _known_answer(rule: Rule, key: "tuple[Any, ...]", scalars: type) -> str | No
     before a step has begun.
     """
     device, dtype, gradient_dtype, names, clipped = key
-    generator = torch.Generator().manual_seed(0)
-    variable, gradient = (torch.rand(2305, generator=generator) + 0.5 for _ in range(2))
+    generator = torch.Generator("cpu").manual_seed(0)
+    variable, gradient = (torch.rand(2305, generator=generator, device="cpu") + 0.5 for _ in range(2))
     bucket = Bucket(device, dtype)
     variable = variable.to(device, dtype)
     bucket.adopt(*bucket.grown([variable], [Slot(name, 0.25) for name in names]))

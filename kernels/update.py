@@ -51,7 +51,7 @@ def update_bucket(
     blocks: int32[grid, 2] = segment, block of it. factors: COMPUTE[n, 5], what PREPARE does to the gradient.
     slots: tuple of flat buffers (COMPUTE). s: the scalars, as floats, or where SCALARS is their class as pointers to them.
     """
-    block = blocks + 2 * tl.program_id(0)
+    block = blocks + 2 * tl.program_id(0).to(tl.int64)
     segment = tl.load(block).to(tl.int64)
     start = tl.load(block + 1).to(tl.int64) * BLOCK
     row = segments + 4 * segment

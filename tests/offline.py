@@ -30,6 +30,7 @@ class Code(NamedTuple):
     intermediate: str  # PTX or LLVM's intermediate language
     registers: int
     spilled: int  # accesses to local memory (NVIDIA) or spilled registers (AMD)
+    ttir: str = ""  # Triton's own intermediate language
 
 
 @functools.cache
@@ -62,8 +63,8 @@ def compile_rule(rule: Callable[..., Any], scalars: type, slots: int, target: st
     options = {"num_warps": launch.THREADS // TARGETS[target].warp_size, "enable_fp_fusion": False}
     kernel = triton.compile(source, target=TARGETS[target], options=options)
     if target == "gfx942":
-        return _amd(kernel.asm["amdgcn"], kernel.asm["llir"])
-    return _nvidia(kernel.asm["ptx"], kernel.asm["cubin"])
+        return _amd(kernel.asm["amdgcn"], kernel.asm["llir"])._replace(ttir=kernel.asm["ttir"])
+    return _nvidia(kernel.asm["ptx"], kernel.asm["cubin"])._replace(ttir=kernel.asm["ttir"])
 
 
 def _nvidia(ptx: str, cubin: bytes) -> Code:

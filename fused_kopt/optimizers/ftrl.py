@@ -101,9 +101,9 @@ class Ftrl(Optimizer):
     """Follow the regularized leader: the variable is rebuilt in every step from the linear slot.
 
     `n' = n + g^2; z += g + 2 * l2_shrinkage * w - (n'^-power - n^-power) / lr * w; w = (l1 * sign(z) - z) / (n'^-power /
-    lr + 2 * l2 + beta / lr)` where `|z| > l1`, else 0. The initial variable is forgotten after the first step, and a zero
-    gradient is not a no-op. `lr=` is ignored, as in Keras. Slots, interleaved per variable in `weights`: `accumulator`
-    (n, initial_accumulator_value), `linear` (z, 0).
+    lr + 2 * l2 + beta / lr)` where `|z| > l1`, else 0. The first step multiplies the initial variable by `1 - sqrt(n / n')`,
+    and a zero gradient is not a no-op. `lr=` is ignored, as in Keras. Slots, interleaved per variable in `weights`:
+    `accumulator` (n, initial_accumulator_value), `linear` (z, 0).
 
     Args:
         learning_rate: number, 0-d tensor, callable or schedule. Default 0.001.
@@ -143,7 +143,7 @@ class Ftrl(Optimizer):
             l2_regularization_strength=l2_regularization_strength,
             l2_shrinkage_regularization_strength=l2_shrinkage_regularization_strength,
         )
-        if isinstance(learning_rate_power, (int, float)) and learning_rate_power > 0:
+        if not callable(learning_rate_power) and learning_rate_power > 0:
             raise ValueError(f"`learning_rate_power` needs to be negative or zero. Received: learning_rate_power={learning_rate_power}.")
         self.learning_rate_power = learning_rate_power
         self._initial_accumulator_value = initial_accumulator_value

@@ -72,11 +72,11 @@ class Nadam(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         _refuse_schedule(learning_rate)
+        options["decay"] = schedule_decay  # a user's decay is discarded, as in Keras
         super().__init__(name, learning_rate, options)
         self.beta_1 = beta_1
         self.beta_2 = beta_2
         self.epsilon = fuzz(epsilon)
-        self._initial_decay = schedule_decay
         self._cache: Tensor | None = None
 
     @classmethod
@@ -97,22 +97,24 @@ class Nadam(Optimizer):
         if self._cache is not None and any(weight is self._cache for weight in self.weights):
             return []
         # IndexError for an empty first call, as in Keras
-        self._cache = torch.ones((), dtype=layout.compute_dtype(variables[0].dtype))
+        self._cache = torch.ones((), dtype=layout.compute_dtype(variables[0].dtype), device="cpu")
         return [self._cache]
 
-    def _caches(self, step: Step) -> tuple[Any, Any, Any]:
+    def _caches(self, step: Step, beta_1: Any) -> tuple[Any, Any, Any]:
         """The momenta of this step and the next, and the cache after this step, in the step's dtype."""
-        beta_1, base = step.number(self.beta_1), step.number(0.96)
+        base = step.number(0.96)
         decay = step.exact(self._initial_decay)
         now, following = (beta_1 * (1 - step.exact(0.5) * step.power(base, decay * (step.t + i))) for i in (0, 1))
         return now, following, step.number(1.0 if self._cache is None else self._cache) * now
 
     def scalars(self, step: Step) -> Scalars:
-        _refuse_schedule(self.learning_rate)
+        rate = self.learning_rate
+        _refuse_schedule(rate)
         beta_1, beta_2 = step.number(self.beta_1), step.number(self.beta_2)
-        momentum, following, cache = self._caches(step)
+        momentum, following, cache = self._caches(step, beta_1)
+        step.cache = cache
         return Scalars(
-            learning_rate=step.number(self.learning_rate),
+            learning_rate=step.number(rate),
             beta_1=beta_1,
             beta_2=beta_2,
             one_minus_beta_1=1 - beta_1,
@@ -127,7 +129,7 @@ class Nadam(Optimizer):
 
     def _commit(self, steps: Mapping[torch.dtype, Step]) -> None:
         if self._cache is not None and self._cache.dtype in steps:
-            self._cache.fill_(float(self._caches(steps[self._cache.dtype])[2]))
+            self._cache.fill_(float(steps[self._cache.dtype].cache))
 
     def get_config(self) -> dict[str, Any]:
         return self._config(beta_1=self._value("beta_1"), beta_2=self._value("beta_2"), epsilon=self.epsilon)

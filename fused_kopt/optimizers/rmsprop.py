@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_kopt import op
@@ -106,7 +107,7 @@ class RMSprop(Optimizer):
     ) -> None:
         super().__init__(name, learning_rate, options)
         check_fraction("momentum", momentum)
-        self._has_momentum = not isinstance(momentum, (int, float)) or momentum > 0
+        self._has_momentum = bool(callable(momentum) or isinstance(momentum, Tensor) or momentum > 0)
         self.rho = rho
         self.momentum = momentum
         self.epsilon = fuzz(epsilon)

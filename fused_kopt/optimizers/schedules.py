@@ -55,6 +55,7 @@ class LearningRateSchedule:
         raise NotImplementedError(f"{type(self).__name__} must define `__call__(self, step)` and return the learning rate.")
 
     def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
         cls: Any = type(self)
         if not is_dataclass(cls):
             raise NotImplementedError(f"{cls.__name__} must define `get_config(self)`: its constructor arguments, as a dict.")
@@ -62,6 +63,7 @@ class LearningRateSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LearningRateSchedule:
+        """A schedule from get_config's dict."""
         return cls(**config)
 
 
@@ -198,8 +200,7 @@ class PiecewiseConstantDecay(LearningRateSchedule):
         found = [i for i in range(last + 1) if (i == 0 or now.item() > ends[i - 1]) and (i == last or now.item() <= ends[i])]
         if len(found) > 1:
             raise ValueError(f"`boundaries` must increase. Received: boundaries={ends}, where step {now} is in {len(found)} intervals.")
-        chosen = found[0] if found else 0  # no interval holds a NaN: values[0], as in Keras
-        return torch.from_numpy(np.asarray(_scalar("values", self.values[chosen])))
+        return torch.from_numpy(np.asarray(_scalar("values", self.values[found[0] if found else 0])))  # NaN: values[0], as in Keras
 
 
 _REGISTRY: dict[str, type[LearningRateSchedule]] = {cls.__name__: cls for cls in (*_Decay.__subclasses__(), PiecewiseConstantDecay)}
@@ -218,8 +219,7 @@ def serialize(schedule: LearningRateSchedule) -> dict[str, Any]:
 
 def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, type[LearningRateSchedule]] | None = None) -> LearningRateSchedule:
     """Rebuild what `serialize`, here or in Keras, returned; `class_name` and `config` suffice. Nothing is ever imported."""
-    schedule = _decode(config, {**_REGISTRY, **(custom_objects or {})})
-    if isinstance(schedule, LearningRateSchedule):
+    if isinstance(schedule := _decode(config, {**_REGISTRY, **(custom_objects or {})}), LearningRateSchedule):
         return schedule
     raise ValueError(f"`config` must describe a LearningRateSchedule by `class_name` and a dict `config`. Received: {config!r}.")
 

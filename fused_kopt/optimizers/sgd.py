@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_kopt.execute import Rule
@@ -55,7 +56,7 @@ class SGD(Optimizer):
     ) -> None:
         super().__init__(name, learning_rate, options)
         check_fraction("momentum", momentum)
-        self._has_momentum = not isinstance(momentum, (int, float)) or momentum > 0
+        self._has_momentum = bool(callable(momentum) or isinstance(momentum, Tensor) or momentum > 0)
         self.momentum = momentum
         self.nesterov = nesterov
 

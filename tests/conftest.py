@@ -1,0 +1,40 @@
+"""Options and markers: `--slow`, `gpu`, `slow`."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run all of what is sampled by default (minutes instead of seconds)")
+
+
+@pytest.fixture
+def slow(request: pytest.FixtureRequest) -> bool:
+    """Whether `--slow` was given."""
+    return bool(request.config.getoption("--slow"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests where there is no GPU. Without `--slow` keep every n-th case of `slow(every=n)`, and skip plain `slow`."""
+    no_gpu = pytest.mark.skip(reason="needs a CUDA or ROCm device")
+    too_slow = pytest.mark.skip(reason="runs with --slow")
+    seen: Counter[str] = Counter()
+    left_out = []
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        marker = item.get_closest_marker("slow")
+        if marker is None or config.getoption("--slow"):
+            continue
+        every = marker.kwargs.get("every")
+        name = item.nodeid.partition("[")[0]
+        if every is None:
+            item.add_marker(too_slow)
+        elif seen[name] % every:
+            left_out.append(item)
+        seen[name] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
