@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def all_reduce_sum(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+def all_reduce_sum(pairs: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
     """The pairs with every gradient summed over the default process group; the very same pairs without a group.
 
     Gradients of one device and dtype are laid one after another in a flat buffer and reduced by one collective; the
@@ -15,7 +15,7 @@ def all_reduce_sum(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor,
     device for which the group has no backend, a process that is not a member.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return list(pairs)
+        return pairs
     members: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for position, (gradient, _) in enumerate(pairs):
         _check(gradient, position)

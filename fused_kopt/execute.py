@@ -79,11 +79,7 @@ def _reference(update: Update) -> None:
 def _triton(update: Update) -> None:
     from fused_kopt.kernels import launch
 
-    if update.factors is None:
-        neutral = torch.tensor([prepare.NEUTRAL_FACTORS], dtype=update.bucket.compute, device=update.bucket.device)
-        launch.run(replace(update, factors=neutral.repeat(len(update.variables), 1)), prepare.keep)
-    else:
-        launch.run(update, prepare.scale_and_clip)
+    launch.run(update, prepare.keep if update.factors is None else prepare.scale_and_clip)
 
 
 @functools.cache

@@ -139,8 +139,8 @@ class Hyperparameter:
         # Keras accepts any number; ours warns where a run would diverge or silently stand still.
         with np.errstate(all="ignore"):
             rounded = float(np.float32(value))
-        if not self.low <= value <= self.high:
-            text = f"`{self.name}`={value} lies outside [{self.low}, {self.high}]; it is applied as given, as Keras does."
+        if not self.low <= value < self.high:
+            text = f"`{self.name}`={value} lies outside [{self.low}, {self.high}); it is applied as given, as Keras does."
             warnings.warn(text, UserWarning, stacklevel=4)
         elif rounded != value and (rounded in (0.0, 1.0) or math.isinf(rounded)):
             text = f"`{self.name}`={value} becomes {rounded} in float32, in which Keras keeps hyperparameters."

@@ -43,8 +43,7 @@ class Optimizer(Contract):
         verify_every: every so many steps, run the step on copies through the reference as well and raise
             FusedMismatchError on any difference, before anything is written. Default 0: never.
 
-    Raises TypeError for unknown options, ValueError for negative or contradictory ones. One optimizer may be used from
-    several threads; steps then follow one another.
+    Raises TypeError for unknown options, ValueError for negative or contradictory ones. Steps of several threads queue.
     """
 
     sparse_rows: ClassVar[SparseRows] = "touched"
@@ -95,15 +94,28 @@ class Optimizer(Contract):
             TypeError: malformed pairs, dtypes that are not floating, tensors without storage.
             RuntimeError: the call cannot aggregate here, runs inside another step or a CUDA graph capture.
             StaleVariableError, TornStepError, FusedMismatchError: see fused_kopt.errors.
-            Nothing at all has changed after any of these, except what a TornStepError reports.
+            No value has changed after any of these, except what a TornStepError reports. Slots of a first step may exist after
+            a FusedMismatchError or a kernel that does not build, at their initial values.
         """
         with self._one_step():
             pairs = gradients.check(gradients.present(grads_and_vars))
             self._check_known(pairs)
+            pairs = self._transform(pairs, experimental_aggregate_gradients) if pairs else pairs
             if not pairs:
                 self._begin([])
                 return None
-            return self._apply(self._transform(pairs, experimental_aggregate_gradients))
+            return self._apply(pairs)
+
+    def build(self, variables: Iterable[Tensor]) -> None:
+        """Create iterations, hyperparameters and the slots of `variables` before the first step, so that set_weights can run.
+
+        The weights are then those of a first step on `variables` in this order. Source: Keras's `_create_all_weights`.
+        Raises what `apply_gradients` raises for a variable.
+        """
+        with self._one_step():
+            pairs = gradients.check([(v.detach(), v) for v in tape.flatten(variables)])
+            self._check_known(pairs)
+            self._begin(list({id(v): v for _, v in pairs}.values()))
 
     def minimize(
         self,
@@ -179,9 +191,9 @@ class Optimizer(Contract):
             jobs = [(launch.update, prepared.executors[launch.update.bucket.device]) for launch in launches]
             jobs = [(update, verification.proven(update, executor, self._executor)) for update, executor in jobs]
             if verifying:
-                verification.check(jobs)
+                verification.check(jobs, "Earlier gradients of this call were applied." if self._torn else "Nothing was written.")
             self._torn = True
-            _execute(launches, [executor for _, executor in jobs])
+            updates.run(launches, [executor for _, executor in jobs])
         torch.autograd.graph.increment_version(prepared.variables)
         self._commit(prepared.steps)
         self.iterations.add_(1)
@@ -202,7 +214,7 @@ class Optimizer(Contract):
             for launch in launches:
                 chosen = execute.choose(executor, launch.update.bucket.device)
                 found += verification.compare_updates(launch.update, chosen)
-            _execute(launches, ["reference"] * len(launches))
+            updates.run(launches, ["reference"] * len(launches))
         return found
 
     def _prepare(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Prepared:
@@ -236,11 +248,3 @@ class Optimizer(Contract):
         weights = self._new_weights(variables)
         hyperparameters.create(self)
         self._state.ensure(variables, self.slot_groups(), weights, counted=True)
-
-
-def _execute(launches: Sequence[Launch], executors: Sequence[Chosen]) -> None:
-    with torch.no_grad():
-        for launch, executor in zip(launches, executors, strict=True):
-            execute.run(launch.update, executor)
-            for write_back in launch.finish:
-                write_back()

@@ -52,7 +52,10 @@ class GradientTape:
         self._grad_mode = None
 
     def watch(self, tensor: Any) -> None:
-        """Record operations on a tensor, or on a nested list of them, from here on. Raises TypeError unless floating."""
+        """Record operations on a tensor, or on a nested list of them, from here on. Raises TypeError unless floating.
+
+        The tensors keep requires_grad, which is how torch records, after the tape is left.
+        """
         for t in flatten(tensor):
             if not t.dtype.is_floating_point:
                 raise TypeError(f"Only floating tensors can be watched. Received dtype {t.dtype}.")
@@ -112,7 +115,7 @@ def flatten(nested: Any) -> list[Tensor]:
         return [nested]
     if isinstance(nested, (str, bytes, set, frozenset)):
         raise TypeError(f"Tensors must come in a list, tuple or dict. Received: {type(nested).__name__}.")
-    if callable(nested):
+    if callable(nested) and not hasattr(nested, "__iter__"):  # a ParameterList has a __call__
         return flatten(nested())
     items = nested.values() if isinstance(nested, dict) else nested
     return [t for item in items for t in flatten(item)]

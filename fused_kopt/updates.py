@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fused_kopt import gradients, layout, prepare, tensors
+from fused_kopt import execute, gradients, layout, prepare, tensors
 from fused_kopt.buffers import Bucket
-from fused_kopt.execute import Rule, Update
+from fused_kopt.execute import Chosen, Rule, Update
 from fused_kopt.layout import clone
 from fused_kopt.slots import Slot
 from fused_kopt.state import State
@@ -175,3 +175,12 @@ def _touched(bucket: Bucket, variable: Tensor, rows: Tensor, sums: Tensor, recip
         mine.copy_(view.index_select(0, rows))
         launch.finish.append(_row_copier(view, rows, mine))
     return launch
+
+
+def run(launches: Sequence[Launch], executors: Sequence[Chosen]) -> None:
+    """Execute the launches of a round, and write back what ran on copies."""
+    with torch.no_grad():
+        for launch, executor in zip(launches, executors, strict=True):
+            execute.run(launch.update, executor)
+            for write_back in launch.finish:
+                write_back()

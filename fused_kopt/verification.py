@@ -113,11 +113,13 @@ def _known_answer(rule: Rule, key: "tuple[Any, ...]", scalars: type) -> str | No
     bucket = Bucket(device, dtype)
     variable = variable.to(device, dtype)
     bucket.adopt(*bucket.grown([variable], [Slot(name, 0.25) for name in names]))
-    numbers = scalars(*(0.5 for _ in scalars._fields))  # type: ignore[attr-defined]
+    numbers = scalars(*(0.5 + i / 64 for i in range(len(scalars._fields))))  # type: ignore[attr-defined]
     factors = torch.tensor([[1.0, 0.75, 0.5, 1.5, 1.0]], dtype=bucket.compute, device=device) if clipped else None
     update = Update(bucket, [variable], [gradient.to(device, gradient_dtype)], names, rule, numbers, factors)
     try:
         report = Report("triton", tuple(compare_updates(update, "triton")))
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernel
     except Exception as error:  # whatever the compiler, its tools or the driver raise
         return f"its kernel does not build or run: {error!r}"
     return None if report.equal else f"its kernel fails the known-answer test: {report}. Clear Triton's cache directory."
@@ -142,12 +144,12 @@ def proven(update: Update, executor: Chosen, requested: Executor) -> Chosen:
     return executor
 
 
-def check(updates: Sequence[tuple[Update, Chosen]]) -> None:
-    """Raises FusedMismatchError unless every update gives the reference's bits. Writes nothing."""
+def check(updates: Sequence[tuple[Update, Chosen]], written: str) -> None:
+    """Raises FusedMismatchError unless every update gives the reference's bits. Writes nothing; `written` says what was."""
     for update, executor in updates:
         report = Report(executor, tuple(compare_updates(update, executor)))
         if not report.equal:
-            raise FusedMismatchError(f"{report}\nNothing was written. Use executor='reference', and report this.")
+            raise FusedMismatchError(f"{report}\n{written} Use executor='reference', and report this.")
 
 
 def verify(optimizer: "Optimizer", grads_and_vars: Iterable[tuple[Any, Tensor]], executor: Executor = "triton") -> Report:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ class Tables:
         self.grid = len(blocks)
         self.blocks = torch.tensor(blocks, dtype=torch.int32, device=device).reshape(-1, 2)
         self._rows: list[tuple[int, ...]] = []
+        self._factors: Tensor | None = None
         self._segments = torch.empty(0)
 
     def segments(self, rows: list[tuple[int, ...]]) -> Tensor:
@@ -67,6 +69,12 @@ class Tables:
             self._segments = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.blocks.device)
             self._rows = rows
         return self._segments
+
+    def unread(self, update: Any) -> Tensor:
+        """A table of factors for a launch that leaves gradients as they are."""
+        if self._factors is None:
+            self._factors = torch.zeros((len(update.variables), 5), dtype=update.bucket.compute, device=self.blocks.device)
+        return self._factors
 
 
 def _rows(update: Any, gradient_dtype: torch.dtype) -> list[tuple[int, ...]]:
@@ -87,6 +95,16 @@ def _tables(update: Any, block: int) -> Tables:
         bucket.tables[block] = Tables(update.blocks(block), bucket.device)
     tables: Tables = bucket.tables[block]
     return tables
+
+
+@dataclass(frozen=True)
+class Build:
+    """Makes a step's scalars inside the kernel. Triton fails to hash a bare NamedTuple class among a kernel's arguments."""
+
+    scalars: type
+
+    def __call__(self, *values: Any) -> Any:
+        return self.scalars(*values)
 
 
 def _scalar_row(scalars: Sequence[float], dtype: torch.dtype, device: torch.device) -> Any:
@@ -111,12 +129,13 @@ def _launch(update: Any, prepare: Any, gradient_dtype: torch.dtype) -> None:
         return
     by_pointer = interpret or bucket.compute == torch.float64
     scalars = _scalar_row(update.scalars, bucket.compute, bucket.device) if by_pointer else update.scalars
-    arguments = (tables.segments(_rows(update, gradient_dtype)), tables.blocks, update.factors, update.slots, scalars)
+    factors = tables.unread(update) if update.factors is None else update.factors
+    arguments = (tables.segments(_rows(update, gradient_dtype)), tables.blocks, factors, update.slots, scalars)
     wrap = rules.interpreted if interpret else rules.compiled
     constants = {
         "RULE": wrap(update.rule),
         "PREPARE": wrap(prepare),
-        "SCALARS": type(update.scalars) if by_pointer else None,
+        "SCALARS": Build(type(update.scalars)) if by_pointer else None,
         "VARIABLE": TRITON_DTYPE[bucket.dtype],
         "GRADIENT": TRITON_DTYPE[gradient_dtype],
         "COMPUTE": TRITON_DTYPE[bucket.compute],

@@ -49,7 +49,7 @@ def update_bucket(
 
     segments: int64[n, 4] = variable address, gradient address, numel (0: absent in this step), first element in the slots.
     blocks: int32[grid, 2] = segment, block of it. factors: COMPUTE[n, 5], what PREPARE does to the gradient.
-    slots: tuple of flat buffers (COMPUTE). s: the scalars, as floats, or where SCALARS is their class as pointers to them.
+    slots: tuple of flat buffers (COMPUTE). s: the scalars, as floats, or where SCALARS builds them as pointers to them.
     """
     block = blocks + 2 * tl.program_id(0).to(tl.int64)
     segment = tl.load(block).to(tl.int64)

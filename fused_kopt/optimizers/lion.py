@@ -32,7 +32,7 @@ class Lion(Optimizer):
 
     Args:
         learning_rate: number, 0-d tensor, callable or schedule. Default 0.0001.
-        beta_1: weight of m in the step, in (0, 1]; ValueError otherwise. Default 0.9.
+        beta_1: weight of m in the step, in (0, 1] where it is a Python number; ValueError otherwise. Default 0.9.
         beta_2: decay of m. Default 0.99.
         name: default "Lion".
         **options: see fused_kopt.optimizer.Optimizer.
@@ -40,13 +40,13 @@ class Lion(Optimizer):
     Source: Chen et al., Symbolic discovery of optimization algorithms, 2023; Keras 2.15's Lion, on OptimizerV2's contract.
     """
 
-    beta_1 = Hyperparameter(0.0, 1.0)
+    beta_1 = Hyperparameter()
     beta_2 = Hyperparameter(0.0, 1.0)
 
     def __init__(
-        self, learning_rate: Any = 0.0001, beta_1: float = 0.9, beta_2: float = 0.99, name: str | None = "Lion", **options: Unpack[Options]
+        self, learning_rate: Any = 0.0001, beta_1: Any = 0.9, beta_2: Any = 0.99, name: str | None = "Lion", **options: Unpack[Options]
     ) -> None:
-        if not 0 < beta_1 <= 1:
+        if isinstance(beta_1, (int, float)) and not 0 < beta_1 <= 1:
             raise ValueError(f"`beta_1` must be in (0, 1]. Received: beta_1={beta_1}.")
         super().__init__(name, learning_rate, options)
         self.beta_1 = beta_1

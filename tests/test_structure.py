@@ -1,0 +1,242 @@
+"""The design's import direction and the source's limits, read from the syntax trees."""
+
+import ast
+import functools
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import fused_kopt
+from fused_kopt import optimizers
+
+ROOT = Path(__file__).parent.parent
+FILE_LINES, FUNCTION_LINES, PARAMETERS = 250, 40, 6
+# The kernel's text is one function by necessity (a jitted helper of its own loses alignment hints in Triton 3.6), and
+# what it calls for a full and for a masked block takes a block's five values, its lanes and its mask.
+LONG_FUNCTIONS = {"update_bucket": 44}
+MANY_PARAMETERS = {"update_block": 7}
+# `**options` of the constructors are Keras's; the other two take values by the names that configs and messages show.
+KEYWORDS = {"__init__", "_config", "check_not_negative"}
+
+# From the bottom: a module imports from layers below its own, never upward, never sideways.
+LAYERS = (
+    ("aggregate", "errors", "layout", "op", "optimizers.schedules", "slots", "tape", "tensors"),
+    ("buffers", "prepare"),
+    ("execute", "state"),
+    ("gradients", "hyperparameters", "verification"),
+    ("contract", "updates"),
+    ("optimizer",),
+    tuple(
+        f"optimizers.{name}" for name in ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", "registry", "rmsprop", "sgd")
+    ),
+    ("optimizers",),
+    ("",),
+    ("demo",),
+    ("cli",),
+)
+LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+KERNEL_LAYERS = (("op", "update"), ("rules",), ("launch",))
+KERNEL_LEVEL = {f"kernels.{name}": level for level, layer in enumerate(KERNEL_LAYERS) for name in layer}
+
+# Imports inside functions, each for its reason.
+LAZY = {
+    ("execute", "fused_kopt.kernels.launch"): "machines without Triton run the reference",
+    ("contract", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
+    ("hyperparameters", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
+    ("cli", "triton"): "machines without Triton say so",
+    ("demo", "sklearn.datasets.load_digits"): "the extra `demo`",
+    ("demo", "sklearn.model_selection.train_test_split"): "the extra `demo`",
+    ("demo", "matplotlib.figure.Figure"): "the extra `demo`",
+}
+FORBIDDEN = {
+    "environment variables": r"\bos\.(?:environ|getenv|putenv)",
+    "import attempts": r"except[^:]*(?:ImportError|ModuleNotFoundError)",
+    "autotuning of in-place kernels": r"\bautotune\b",
+    "execution of data": r"(?<![\w.])(?:eval|exec|compile|__import__)\(|\bpickle\b|\bimport_module\b|\btorch\.load\b",
+}
+
+
+class Import(NamedTuple):
+    """One imported name. `where`: top, lazy or typing."""
+
+    name: str
+    where: str
+
+
+@functools.cache
+def sources() -> dict[str, Path]:
+    """Module name (without the package's) to file; the link is followed once, as kernels."""
+    files = [*(ROOT / "fused_kopt").glob("*.py"), *(ROOT / "fused_kopt/optimizers").glob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    return {re.sub(r"^fused_kopt\.|\.?__init__$", "", ".".join(f.relative_to(ROOT).with_suffix("").parts)): f for f in files}
+
+
+@functools.cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(sources()[module].read_text())
+
+
+def imports(node: ast.AST, where: str = "top") -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        inner = where
+        if isinstance(child, (ast.FunctionDef, ast.Lambda)):
+            inner = "lazy"
+        elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            inner = "typing"
+        if isinstance(child, ast.ImportFrom):
+            assert not child.level, "relative import"
+            yield from (Import(f"{child.module}.{alias.name}", where) for alias in child.names)
+        elif isinstance(child, ast.Import):
+            yield from (Import(alias.name, where) for alias in child.names)
+        else:
+            yield from imports(child, inner)
+
+
+def ours(name: str) -> str | None:
+    """The module of this package that an imported name belongs to, or None."""
+    parts = name.split(".")
+    if parts[0] != "fused_kopt":
+        return None
+    known = LEVEL | KERNEL_LEVEL
+    return next(candidate for n in range(len(parts), 0, -1) if (candidate := ".".join(parts[1:n])) in known)
+
+
+def functions(module: str) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(tree(module)) if isinstance(node, ast.FunctionDef))
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set(sources()) == set(LEVEL) | set(KERNEL_LEVEL)
+
+
+@pytest.mark.parametrize("module", sorted(LEVEL))
+def test_imports_go_down(module: str) -> None:
+    for name, where in imports(tree(module)):
+        target = ours(name)
+        if where == "top":
+            assert target is None or LEVEL[target] < LEVEL[module], name
+            assert name.split(".")[0] not in ("triton", "kernels", "sklearn", "matplotlib"), name
+        elif where == "lazy":
+            assert (module, name) in LAZY, name
+
+
+def test_every_lazy_import_is_needed() -> None:
+    assert set(LAZY) == {(module, name) for module in LEVEL for name, where in imports(tree(module)) if where == "lazy"}
+
+
+@pytest.mark.parametrize("module", sorted(KERNEL_LEVEL))
+def test_kernels_import_kernels(module: str) -> None:
+    for name, where in imports(tree(module)):
+        assert where == "top"
+        target = ours(name)
+        assert target is None or KERNEL_LEVEL[target] < KERNEL_LEVEL[module], name
+
+
+@pytest.mark.parametrize("module", sorted(sources()))
+def test_limits(module: str) -> None:
+    assert len(sources()[module].read_text().splitlines()) <= FILE_LINES
+    for function in functions(module):
+        assert function.end_lineno is not None
+        length = function.end_lineno - function.lineno + 1
+        assert length <= LONG_FUNCTIONS.get(function.name, FUNCTION_LINES), function.name
+        assert function.args.kwarg is None or function.name in KEYWORDS, function.name
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        taken = [a for a in arguments if a.arg not in ("self", "cls") and "constexpr" not in ast.dump(a)]
+        if function.name != "__init__":  # constructors have Keras's signatures
+            assert len(taken) <= MANY_PARAMETERS.get(function.name, PARAMETERS), function.name
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_forbidden(what: str) -> None:
+    for module, file in sources().items():
+        code = "\n".join(ast.unparse(node) for node in tree(module).body if not isinstance(node, ast.Expr))
+        assert not re.findall(FORBIDDEN[what], code), f"{file}: {what}"
+
+
+ALLOWED_IN_RULES = (
+    *(ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.Return, ast.Expr, ast.Tuple, ast.Name, ast.Load, ast.Store),
+    *(ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Call, ast.Attribute, ast.Compare, ast.Gt, ast.Constant),
+)
+
+
+@pytest.mark.parametrize("module", sorted(m for m in LEVEL if m.startswith("optimizers.")))
+def test_rules_are_branch_free(module: str) -> None:
+    """A rule, and the functions that rules call, use + - *, tuples, > and `op`; the one literal is 0.0."""
+    for function in tree(module).body:
+        if not isinstance(function, ast.FunctionDef) or "slots" not in ast.unparse(function.args):
+            continue
+        for node in ast.walk(function):
+            assert isinstance(node, ALLOWED_IN_RULES), (function.name, ast.unparse(node))
+            if isinstance(node, ast.Constant):
+                assert isinstance(node.value, str) or node.value == 0.0
+            if isinstance(node, ast.Attribute):
+                assert ast.unparse(node.value) in ("op", "s"), ast.unparse(node)
+
+
+def public() -> Iterator[tuple[str, Any]]:
+    """Every public class and function, and the public methods and properties of the classes."""
+    schedules = optimizers.schedules
+    named = {name: getattr(package, name) for package in (fused_kopt, optimizers) for name in package.__all__}
+    named |= {name: value for name, value in vars(schedules).items() if getattr(value, "__module__", "") == schedules.__name__}
+    for name, value in named.items():
+        if not name.startswith("_"):
+            yield name, value
+            if inspect.isclass(value):
+                yield from ((f"{name}.{member}", getattr(value, member)) for member in dir(value) if not member.startswith("_"))
+
+
+def test_public_names_have_docstrings() -> None:
+    described = (property, type)
+    found = [
+        (name, value) for name, value in public() if isinstance(value, described) or inspect.isroutine(value) or inspect.ismodule(value)
+    ]
+    assert len(found) > 200
+    assert [name for name, value in found if not inspect.getdoc(value)] == []
+
+
+def test_op_twins_agree() -> None:
+    first, second = ([f.name for f in tree(module).body if isinstance(f, ast.FunctionDef)] for module in ("op", "kernels.op"))
+    assert first == second
+
+
+def test_the_link_is_committed_as_a_link() -> None:
+    assert os.readlink(ROOT / "fused_kopt/kernels") == "../kernels"
+    assert not (ROOT / "kernels/__init__.py").exists()
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "ls-files", "-s", "fused_kopt/kernels"], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert listed.stdout.startswith("120000 ")
+
+
+def test_one_version() -> None:
+    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version == fused_kopt.__version__
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch, fused_kopt
+from fused_kopt import cli, demo
+variable = torch.ones(3)
+fused_kopt.SGD(learning_rate=0.5).apply_gradients([(torch.ones(3), variable)])
+assert variable.tolist() == [0.5] * 3
+assert fused_kopt.stats() == (0, 0)
+try:
+    fused_kopt.SGD(executor="triton").apply_gradients([(torch.ones(3), variable)])
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_without_triton() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not available: Triton is not installed; pip install 'fused-kopt[triton]'" in done.stdout
+    importlib.import_module("fused_kopt.kernels.launch")  # the same import that is withheld above works here
