@@ -1,6 +1,6 @@
 """An optimizer's state: iterations, slots in flat buffers, and the live weight list in Keras order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class State:
         flat = tuple(slot for group in groups for slot in group)
         grown = [(self.bucket(list_[0]), list_) for list_ in members.values()]
         plans = [(bucket, bucket.grown(list_, flat)) for bucket, list_ in grown]
+        self._refuse_own(variable for _, (new, *_) in plans for variable in new)
         before = (self.iterations, len(self.weights), dict(self.buckets), [(bucket, bucket.mark()) for bucket, _ in grown])
         made: list[tuple[Bucket, str, int]] = []
         try:
@@ -74,6 +75,13 @@ class State:
             for bucket, mark in marks:
                 bucket.back_to(mark)
             raise
+
+    def _refuse_own(self, new: Iterable[Tensor]) -> None:
+        """Raises ValueError for a variable that is one of the slots: a launch would write it twice."""
+        for variable in new:
+            own = [*(flat for bucket in self.buckets.values() for flat in bucket.flat.values()), *(view for _, view in self.extra.values())]
+            if variable.numel() and any(variable.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in own):
+                raise ValueError(f"A variable of shape {tuple(variable.shape)} is a slot of this very optimizer. Pass a clone.")
 
     def slot(self, variable: Tensor, name: str) -> Tensor | None:
         """The slot, or None."""

@@ -146,7 +146,7 @@ def _launch(update: Any, prepare: Any, gradient_dtype: torch.dtype) -> None:
     if interpret:
         _interpret(tables.grid, arguments, constants)
     else:
-        with torch.cuda.device_of(update.factors):  # Triton launches on the current device, whatever its arguments lie on
+        with torch.cuda.device_of(factors):  # Triton launches on the current device, whatever its arguments lie on
             warps = THREADS // driver.active.get_current_target().warp_size
             # explicit: the default of enable_fp_fusion flips between Triton releases, and with it the bits
             update_bucket[(tables.grid,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)

@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit
 def decode(x, STORED: tl.constexpr, COMPUTE: tl.constexpr):
     if STORED == tl.bfloat16:
-        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(COMPUTE)
     else:
         return x.to(COMPUTE)
 

@@ -53,7 +53,7 @@ def compile_rule(rule: Callable[..., Any], scalars: type, slots: int, target: st
     constants = {
         "RULE": rules.compiled(rule),
         "PREPARE": rules.compiled(prepare),
-        "SCALARS": scalars if wide else None,
+        "SCALARS": launch.Build(scalars) if wide else None,
         "VARIABLE": launch.TRITON_DTYPE[variable],
         "GRADIENT": launch.TRITON_DTYPE[gradient],
         "COMPUTE": launch.TRITON_DTYPE[compute],

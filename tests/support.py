@@ -55,7 +55,8 @@ def build(rule: str, executor: str = "reference", **options: Any) -> Optimizer:
 
 def bits(tensor: Any) -> np.ndarray:
     """The bit patterns of a tensor or array in logical order, every NaN as the same one."""
-    tensor = torch.as_tensor(tensor).detach().cpu().contiguous()
+    tensor = torch.as_tensor(tensor).detach()
+    tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)  # an empty tensor may have strange strides
     patterns = tensor.reshape(-1).view(torch.uint8).numpy().view(BITS[tensor.element_size()]).reshape(tensor.shape).copy()
     if tensor.dtype.is_floating_point:
         patterns[tensor.isnan().numpy()] = np.iinfo(patterns.dtype).max

@@ -1,0 +1,131 @@
+"""Wrong versions of the source, one edit each: what the tests must notice. `tests/mutants.py` runs them."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """One edit: `old`, which occurs exactly once in the function or class `where` (or the file, if empty), becomes `new`."""
+
+    name: str
+    tests: str  # pytest arguments that are likely to notice; the rest of the suite follows
+    file: str
+    where: str
+    old: str
+    new: str
+
+
+def group(tests: str, file: str, *edits: tuple[str, str, str, str]) -> Iterator[Mutation]:
+    return (Mutation(name, tests, file, where, old, new) for name, where, old, new in edits)
+
+
+def golden(names: str) -> str:
+    return f"test_golden.py -k 'reference and ({names})'"
+
+
+EXECUTORS = "test_executors.py"
+OPTIMIZERS = "fused_kopt/optimizers/"
+
+# The mutants of reliability.md 1.8, which other projects' criteria let pass, first: 2 to 19 of 19 survive there.
+ADAM = group(
+    golden("adam"),
+    OPTIMIZERS + "adam.py",
+    ("no-op", "adam", "p - op.div(m * s.alpha, op.sqrt(v) + s.epsilon), (m, v)", "p, (m, v)"),
+    ("gradient sign flipped", "adam", "(g - m)", "(-g - m)"),
+    ("beta_2 .99", "__init__", "beta_2: Any = 0.999", "beta_2: Any = 0.99"),
+    ("epsilon inside the root", "adam", "op.sqrt(v) + s.epsilon", "op.sqrt(v + s.epsilon)"),
+    ("textbook epsilon", "scalars", "epsilon = step.exact(self.epsilon)", "epsilon = step.exact(self.epsilon) * root"),
+    ("learning rate +1 %", "scalars", "(rate * root / correction,", "(rate * step.dtype(1.01) * root / correction,"),
+    ("learning rate +0.01 %", "scalars", "(rate * root / correction,", "(rate * step.dtype(1.0001) * root / correction,"),
+    ("v biased +0.1 %", "scalars", "1 - beta_2, epsilon", "(1 - beta_2) * step.dtype(1.001), epsilon"),
+    ("m and v swapped", "adam", "s.epsilon), (m, v)", "s.epsilon), (v, m)"),
+    ("no bias correction", "scalars", "(rate * root / correction,", "(rate,"),
+    ("no correction of v", "scalars", "(rate * root / correction,", "(rate / correction,"),
+    ("v of the gradient, not its square", "adam", "(g * g - v)", "(op.abs(g) - v)"),
+    ("step with the old m", "adam", "op.div(m * s.alpha", "op.div(slots[0] * s.alpha"),
+    ("m rounded as in the sparse rule", "adam", "m + (g - m) * s.one_minus_beta_1", "m * s.beta_1 + g * s.one_minus_beta_1"),
+    ("alpha after the quotient", "adam", "op.div(m * s.alpha, op.sqrt(v) + s.epsilon)", "op.div(m, op.sqrt(v) + s.epsilon) * s.alpha"),
+    ("alpha's quotient first", "scalars", "(rate * root / correction,", "(rate * (root / correction),"),
+    ("1 - beta_2 rounded once", "scalars", "1 - beta_2, epsilon", "step.exact(1 - float(self.beta_2)), epsilon"),
+    ("vhat forgets", "amsgrad", "op.maximum(vhat, v)", "v"),
+    ("vhat unused", "amsgrad", "op.sqrt(vhat)", "op.sqrt(v)"),
+    ("sparse alpha as dense", "scalars", "rate * (root / correction)", "rate * root / correction"),
+    ("sparse Adam moves touched rows only", "Adam", 'sparse_rows = "all"', 'sparse_rows = "touched"'),
+    ("V1 vhats kept", "_compatible", "weights[: len(self.weights)] if", "weights if"),
+)
+SGD = group(
+    golden("sgd"),
+    OPTIMIZERS + "sgd.py",
+    ("velocity's sign", "momentum", "s.momentum - g", "s.momentum + g"),
+    ("rate outside the velocity", "momentum", "s.momentum - g * s.learning_rate", "s.momentum - g"),
+    ("no Nesterov term", "nesterov", "p + (velocity * s.momentum - g * s.learning_rate)", "p + velocity"),
+    ("Nesterov with the old velocity", "nesterov", "p + (velocity *", "p + (slots[0] *"),
+    ("SGD never has momentum 1", "__init__", "or momentum > 0", "or 0 < momentum < 1"),
+    ("repeated rows summed first", "SGD", '"touched" if self._has_momentum else "each"', '"touched"'),
+)
+RMSPROP = group(
+    golden("rmsprop"),
+    OPTIMIZERS + "rmsprop.py",
+    ("RMSprop epsilon inside", "rmsprop", "op.sqrt(rms) + s.epsilon", "op.sqrt(rms + s.epsilon)"),
+    ("momentum epsilon outside", "with_momentum", "op.sqrt(rms + s.epsilon)", "op.sqrt(rms) + s.epsilon"),
+    ("mean not squared", "centered", "rms - mean * mean", "rms - mean"),
+    ("old velocity applied", "with_momentum", "p - velocity", "p - slots[1]"),
+    ("rms of both rounded otherwise", "centered_with_momentum", "rms + (g * g - rms) *", "rms * s.rho + g * g *"),
+    ("sparse order of epsilon", "sparse_centered_with_momentum", "rms + s.epsilon - mean * mean", "rms - mean * mean + s.epsilon"),
+    ("RMSprop slot order", "slot_groups", "for name in names", "for name in sorted(names)"),
+)
+OTHERS = (
+    *group(
+        golden("adadelta"),
+        OPTIMIZERS + "adadelta.py",
+        ("Adadelta uses the new updates", "adadelta", "op.sqrt(updates + s.epsilon)", "op.sqrt(updates * s.rho + s.epsilon)"),
+        ("rate inside the accumulator", "adadelta", "update * update * s.one", "update * update * s.learning_rate * s.one"),
+        ("Adadelta divides directly", "adadelta", "s.one, op.sqrt(gradients + s.epsilon)) * g", "g, op.sqrt(gradients + s.epsilon))"),
+    ),
+    *group(
+        golden("adagrad"),
+        OPTIMIZERS + "adagrad.py",
+        ("Adagrad uses the old accumulator", "adagrad", "op.sqrt(accumulator)", "op.sqrt(slots[0])"),
+        ("Adagrad epsilon inside", "adagrad", "op.sqrt(accumulator) + s.epsilon", "op.sqrt(accumulator + s.epsilon)"),
+        ("accumulator starts at 0", "slot_groups", ", self._initial_accumulator_value", ""),
+    ),
+    *group(
+        golden("adamax"),
+        OPTIMIZERS + "adamax.py",
+        ("norm without magnitude", "adamax", "op.abs(g)", "g"),
+        ("Adamax without correction", "scalars", " / (1 - step.power(beta_1, step.t))", ""),
+        ("Adamax rate in the numerator", "adamax", "op.div(m, v + s.epsilon) * s.alpha", "op.div(m * s.alpha, v + s.epsilon)"),
+    ),
+    *group(
+        golden("nadam"),
+        OPTIMIZERS + "nadam.py",
+        ("cache advanced twice", "scalars", "step.cache = cache", "step.cache = cache * momentum"),
+        ("cache never advanced", "_commit", "self._cache.dtype in steps", "False"),
+        ("momentum schedule a step late", "_caches", "for i in (0, 1)", "for i in (1, 2)"),
+        ("no Nadam look-ahead", "nadam", " + op.div(m, s.one_minus_next_cache) * s.next_momentum", ""),
+        ("Nadam v uncorrected", "nadam", "op.sqrt(op.div(v, s.one_minus_beta_2_power))", "op.sqrt(v)"),
+    ),
+    *group(
+        golden("ftrl"),
+        OPTIMIZERS + "ftrl.py",
+        ("shrinkage enters n", "_half", "old + g * g", "old + shrunk * shrunk"),
+        ("sigma's sign", "_half", "root - op.sqrt(old)", "op.sqrt(old) - root"),
+        ("old root rebuilds", "_half", "_rebuilt(z, root, s)", "_rebuilt(z, op.sqrt(old), s)"),
+        ("l1 not strict", "_rebuilt", "op.abs(z) > s.l1", "op.abs(z) > s.l1 * s.l1"),
+        ("l1's sign", "_rebuilt", "op.sign(z) * s.l1 - z", "op.sign(z) * s.l1 + z"),
+        ("beta not halved", "scalars", "/ (2 * rate)", "/ rate"),
+        ("l2 once", "scalars", "l1, 2 * l2,", "l1, l2,"),
+        ("power's sign", "scalars", "-step.number(self.learning_rate_power)", "step.number(self.learning_rate_power)"),
+        ("slots in separate groups", "slot_groups", '), Slot("linear"))', '),), (Slot("linear"),)'),
+        ("vectors as matrices", "sparse_rule", "rank == 1", "False"),
+    ),
+    *group(
+        EXECUTORS,
+        OPTIMIZERS + "lion.py",
+        ("Lion steps with the new m", "lion", "m * s.beta_1 + g * s.one_minus_beta_1)", "m * s.beta_2 + g * s.one_minus_beta_2)"),
+        ("Lion keeps the interpolation", "lion", "(m * s.beta_2 + g * s.one_minus_beta_2,)", "(m * s.beta_1 + g * s.one_minus_beta_1,)"),
+        ("Lion without sign", "lion", "op.sign(", "("),
+    ),
+)
+
+RULES = (*ADAM, *SGD, *RMSPROP, *OTHERS)

@@ -1,0 +1,134 @@
+"""Every rule on the Triton executor against the reference, bit for bit: dtypes, clipping, sizes around a block, layouts."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import variants
+from support import DTYPES, Guarded, assert_same, bits, randn, small_blocks
+from torch import Tensor
+
+from fused_kopt import execute, layout, optimizers
+from fused_kopt.buffers import Bucket
+from fused_kopt.execute import Update
+from fused_kopt.hyperparameters import Step
+from fused_kopt.kernels import launch
+from fused_kopt.slots import Slot
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GRADIENTS = [(v, g) for v, g in itertools.product(DTYPES, DTYPES) if v == g or torch.float32 in (v, g)]
+FACTORS = (0.5, 0.75, 1.5, 1.75, 0.625)  # grad_scale, bound, multiplier, divisor, scale
+
+
+def block_of(dtype: torch.dtype) -> int:
+    return 16 if DEVICE == "cpu" else launch.block_size(dtype)
+
+
+def shapes(block: int) -> list[tuple[int, ...]]:
+    return [(), (0,), (1,), (block - 1,), (block,), (block + 1,), (3, 0, 2), (7, 11), (2 * block, 2), (1, block, 1), (4 * block + 13,)]
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    """A copy that starts one element past a 64-byte boundary."""
+    return Guarded(tensor, offset=1).variable
+
+
+def permuted(tensor: Tensor) -> Tensor:
+    """A copy whose first dimension is the innermost in memory."""
+    return layout.clone(tensor, layout.contiguous_stride(tensor.shape[::-1])[::-1])
+
+
+def make(rule: variants.Rule, dtypes: tuple[torch.dtype, torch.dtype], clipped: bool, arrange: Sequence[Any]) -> Update:
+    """An update of variables of all shapes, the arrangements in turn; slots hold positive numbers of many magnitudes."""
+    dtype, gradient_dtype = dtypes
+    sizes = shapes(block_of(dtype))
+    places = [arrange[i % len(arrange)] for i in range(len(sizes))]
+    values = [randn(*shape, seed=i, dtype=dtype).to(DEVICE) for i, shape in enumerate(sizes)]
+    variables = [place(value) for place, value in zip(places, values, strict=True)]
+    bucket = Bucket(torch.device(DEVICE), dtype)
+    names = tuple(f"slot_{i}" for i in range(rule.slots))
+    bucket.adopt(*bucket.grown(variables, [Slot(name) for name in names]))
+    for i, flat in enumerate(bucket.flat.values()):
+        flat.copy_(randn(flat.numel(), seed=100 + i, dtype=flat.dtype).exp())
+    gradients = [
+        layout.clone(randn(*v.shape, seed=50 + i).exp().mul(-1 if i % 2 else 1).to(DEVICE, gradient_dtype), v.stride())
+        for i, v in enumerate(variables)
+    ]
+    gradients = [unaligned(g) if i % 3 == 1 and g.is_contiguous() else g for i, g in enumerate(gradients)]
+    scalars = rule.optimizer.scalars(Step(3, bucket.compute))
+    factors = torch.tensor([FACTORS], dtype=bucket.compute, device=DEVICE).repeat(len(variables), 1) if clipped else None
+    return Update(bucket, list(variables), list(gradients), names, rule.function, type(scalars)(*map(float, scalars)), factors)
+
+
+def result(update: Update, executor: execute.Chosen) -> list[np.ndarray]:
+    """The bits of variables, and of the flat buffers with their padding, after one run on copies."""
+    copy = update.copy()
+    with small_blocks():
+        execute.run(copy, executor)
+    return [bits(t) for t in (*copy.variables, *copy.slots) if t is not None]
+
+
+def compare(update: Update) -> None:
+    assert_same(result(update, "reference"), result(update, "triton"), update.rule.__name__)
+
+
+@pytest.mark.parametrize("clipped", [False, True], ids=["keep", "clip"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", variants.RULES.values(), ids=variants.RULES)
+def test_rules(rule: variants.Rule, dtype: torch.dtype, clipped: bool) -> None:
+    compare(make(rule, (dtype, dtype), clipped, [torch.clone, unaligned, permuted]))
+
+
+@pytest.mark.parametrize("dtypes", GRADIENTS, ids=str)
+def test_gradient_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    compare(make(variants.RULES["adam"], dtypes, True, [torch.clone, unaligned, permuted]))
+
+
+def test_absent_variables() -> None:
+    update = make(variants.RULES["amsgrad"], (torch.float32, torch.float32), True, [torch.clone])
+    before = [bits(v) for v in update.variables]
+    absent = (0, 3, 7)
+    for index in absent:
+        update.variables[index] = update.gradients[index] = None
+    compare(update)
+    after = iter(result(update, "triton"))
+    moved = [not np.array_equal(old, next(after)) for i, old in enumerate(before) if i not in absent]
+    assert moved == [old.size > 0 for i, old in enumerate(before) if i not in absent]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts_that_are_not_dense(dtype: torch.dtype) -> None:
+    """Through the optimizer: a strided variable, gradients laid out otherwise than their variables, an expanded one."""
+    outcomes = []
+    for executor in ("reference", "triton"):
+        base = randn(12, 10, seed=1, dtype=dtype).to(DEVICE)
+        variables = [base[::2, 1::3], randn(6, 5, seed=2, dtype=dtype).to(DEVICE), randn(4, 9, seed=3, dtype=dtype).to(DEVICE).t()]
+        optimizer = optimizers.Adam(executor=executor)
+        for step in range(3):
+            first, second, third = (randn(*shape, seed=10 + step, dtype=dtype).to(DEVICE) for shape in ((3, 6), (5, 6), (9, 1)))
+            with small_blocks():
+                optimizer.apply_gradients(list(zip([first.t(), second.t(), third.expand(9, 4)], variables, strict=True)))
+        outcomes.append([bits(t) for t in (base, *variables, *optimizer.weights)])
+    assert_same(*outcomes)
+
+
+# The controls: what must not pass.
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_rule_that_rounds_otherwise_is_noticed(dtype: torch.dtype) -> None:
+    update = make(variants.RULES["adam"], (dtype, dtype), False, [torch.clone])
+    other = replace(update, rule=variants.RULES["sparse_adam"].function)
+    assert not all(map(np.array_equal, result(update, "reference"), result(other, "triton")))
+
+
+def test_a_block_left_out_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    update = make(variants.RULES["momentum"], (torch.float32, torch.float32), False, [torch.clone])
+    blocks = layout.blocks
+    monkeypatch.setattr(layout, "blocks", lambda segments, block: blocks(segments, block)[:-1])
+    with pytest.raises(AssertionError):
+        compare(update)
