@@ -89,10 +89,15 @@ def rest(root: Path) -> list[str]:
     return sorted(f"tests/{path.name}" for path in (root / "tests").glob("test_*.py") if path.name not in NOT_ASKED)
 
 
+def asked(mutation: Mutation) -> list[str]:
+    """The pytest arguments that a mutation names."""
+    return [f"tests/{part}" if part.startswith("test_") else part for part in shlex.split(mutation.tests)]
+
+
 def attempt(mutation: Mutation, source: Path = ROOT, thorough: bool = True, known: Sequence[str] = ()) -> Outcome:
     """Run the tests that are likely to notice, then (if thorough) all others. `known` fail without any mutation."""
     start = time.monotonic()
-    likely = [f"tests/{part}" if part.startswith("test_") else part for part in shlex.split(mutation.tests)]
+    likely = asked(mutation)
     without = [f"--deselect={name}" for name in known]
     with workshop(source) as root:
         (root / mutation.file).write_text(mutated(mutation, root))
@@ -106,14 +111,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="part of a mutation's name or file")
+    parser.add_argument("--quick", action="store_true", help="only the tests named with each mutation")
     options = parser.parse_args()
     chosen = [m for m in MUTATIONS if options.only in f"{m.name} {m.file}"]
     console, table = Console(), Table("mutation", "file", "noticed by", "s")
     survivors = 0
     with workshop() as source, ThreadPoolExecutor(options.jobs) as pool:
-        known = failures(pytest(source, rest(source)))
+        known = failures(
+            pytest(source, sorted({part for m in chosen for part in asked(m) if "/" in part}) if options.quick else rest(source))
+        )
         console.print(f"{len(known)} tests fail without mutations: {known}", highlight=False)
-        for mutation, killer, seconds in pool.map(lambda m: attempt(m, source, known=known), chosen):
+        for mutation, killer, seconds in pool.map(lambda m: attempt(m, source, not options.quick, known), chosen):
             survivors += killer is None
             table.add_row(mutation.name, mutation.file, killer or "[red]survived[/red]", f"{seconds:.0f}")
             console.print(mutation.name, killer or "SURVIVED", f"{seconds:.0f} s", sep=" | ", highlight=False, markup=False, soft_wrap=True)

@@ -180,6 +180,15 @@ def test_gradients_may_be_arrays_and_any_strided_tensor(kind: str, executor: str
     assert_same(*outcomes)
 
 
+@every_executor
+def test_a_negated_view_is_updated_by_value(executor: str) -> None:
+    memory = randn(7)  # holds minus the variable: a write through the address would have the wrong sign
+    optimizer, plain, variable = Adam(executor=executor), Adam(), -memory
+    optimizer.apply_gradients([(randn(7, seed=1), torch._neg_view(memory))])
+    plain.apply_gradients([(randn(7, seed=1), variable)])
+    assert_same(state(optimizer, [-memory]), state(plain, [variable]))
+
+
 @pytest.mark.parametrize("given", [[1, 2, 3], np.array([1, 2, 3], np.int8), np.array([1, 2, 3], np.uint64)], ids=["list", "int8", "uint64"])
 def test_arrays_of_integers_are_gradients(given: Any) -> None:
     variable = torch.zeros(3)

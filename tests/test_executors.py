@@ -116,6 +116,25 @@ def test_layouts_that_are_not_dense(dtype: torch.dtype) -> None:
     assert_same(*outcomes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("executor", ["reference", "triton"])
+def test_lion_is_its_formula(executor: execute.Executor, dtype: torch.dtype) -> None:
+    """tf.keras's legacy optimizers have no Lion to record: its formula in numpy, one rounding per operation."""
+    variable = randn(40, dtype=dtype).to(DEVICE)
+    p, number = variable.cpu().numpy().copy(), np.dtype(str(dtype).removeprefix("torch.")).type
+    m = np.zeros_like(p)
+    rate, beta_1, beta_2 = (number(np.float32(x)) for x in (0.03, 0.8, 0.95))
+    optimizer = optimizers.Lion(learning_rate=0.03, beta_1=0.8, beta_2=0.95, executor=executor)
+    for step in range(12):
+        gradient = randn(40, seed=step + 1, dtype=dtype)
+        gradient[step] = 0.0
+        optimizer.apply_gradients([(gradient.to(DEVICE), variable)])
+        g = gradient.numpy()
+        p = p - np.sign(m * beta_1 + g * (1 - beta_1)) * rate
+        m = m * beta_2 + g * (1 - beta_2)
+    assert_same([bits(p), bits(m)], [bits(variable), bits(optimizer.get_slot(variable, "m"))])
+
+
 # The controls: what must not pass.
 
 

@@ -35,6 +35,14 @@ def test_text_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         mutants.mutated(mutants.MUTATIONS[0]._replace(where="nobody"))
 
 
+@pytest.mark.parametrize(
+    ("new", "killer"), [('__version__ = "0"', "test_structure.py::test_one_version"), ('__version__ = "0.1.0"  #', None)]
+)
+def test_the_copy_is_what_runs(new: str, killer: str | None) -> None:
+    mutation = Mutation("version", "test_structure.py -k one_version", "fused_kopt/__init__.py", "", '__version__ = "0.1.0"', new)
+    assert mutants.attempt(mutation, thorough=False).killer == killer
+
+
 @pytest.mark.slow(every=EVERY)
 @pytest.mark.parametrize("mutation", mutants.MUTATIONS, ids=lambda m: m.name)
 def test_noticed(mutation: Mutation) -> None:

@@ -214,6 +214,18 @@ def test_B10_a_gradient_in_memory_that_the_step_writes_counts_as_it_was(kind: st
     assert_same(*results)
 
 
+def test_B10_no_gradient_in_written_memory_is_missed() -> None:
+    draw = random.Random(2)
+    outcomes = set()
+    for _ in range(1500):
+        gradient, *written = random_views(draw)
+        touched = any(bytes_of(gradient) & bytes_of(w) for w in written)
+        said = tensors.Written(written).touches(gradient)
+        assert said or not touched  # it may say yes between the elements of a strided view
+        outcomes.add((said, touched))
+    assert outcomes >= {(True, True), (False, False)}
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_B11_a_variable_with_new_memory_is_updated_there(executor: str) -> None:
     optimizer, variable = build("momentum", executor), torch.nn.Parameter(torch.zeros(4))

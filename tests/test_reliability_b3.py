@@ -151,6 +151,7 @@ def test_B30_views_at_every_alignment_in_one_launch(dtype: torch.dtype, device: 
     with small_blocks(16) as block:
         block = launch.block_size(dtype) if device == "cuda" else block
         walled = Walled([3 * block + 5] * 16, dtype, device, offsets=range(16))
+        assert {segment.offset % 16 for segment in walled.bucket.segments} == {0}  # slots are aligned whatever the variables are
         assert {v.variable.data_ptr() % 16 for v in walled.variables} == set(range(0, 16, torch.finfo(dtype).bits // 8))
         walled.check()
     # the gradient aligned otherwise than its variable
