@@ -79,6 +79,8 @@ def pytest(root: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[
 def failures(done: subprocess.CompletedProcess[str]) -> list[str]:
     """The tests that failed; RuntimeError where pytest could not run any."""
     failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if done.returncode < 0:  # an access out of bounds ends the process
+        return [f"signal {-done.returncode}"]
     if done.returncode and not failed:
         raise RuntimeError(f"{shlex.join(done.args)}: {done.stdout[-2000:]}{done.stderr[-1000:]}")
     return failed

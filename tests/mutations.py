@@ -46,12 +46,11 @@ ADAM = group(
     ("m rounded as in the sparse rule", "adam", "m + (g - m) * s.one_minus_beta_1", "m * s.beta_1 + g * s.one_minus_beta_1"),
     ("alpha after the quotient", "adam", "op.div(m * s.alpha, op.sqrt(v) + s.epsilon)", "op.div(m, op.sqrt(v) + s.epsilon) * s.alpha"),
     ("alpha's quotient first", "scalars", "(rate * root / correction,", "(rate * (root / correction),"),
-    ("1 - beta_2 rounded once", "scalars", "1 - beta_2, epsilon", "step.exact(1 - float(self.beta_2)), epsilon"),
+    ("1 - beta_2 of the decimal", "scalars", "1 - beta_2, epsilon", "step.exact(1 - round(float(self.beta_2), 6)), epsilon"),
     ("vhat forgets", "amsgrad", "op.maximum(vhat, v)", "v"),
     ("vhat unused", "amsgrad", "op.sqrt(vhat)", "op.sqrt(v)"),
     ("sparse alpha as dense", "scalars", "rate * (root / correction)", "rate * root / correction"),
     ("sparse Adam moves touched rows only", "Adam", 'sparse_rows = "all"', 'sparse_rows = "touched"'),
-    ("V1 vhats kept", "_compatible", "weights[: len(self.weights)] if", "weights if"),
 )
 SGD = group(
     golden("sgd"),
@@ -72,9 +71,11 @@ RMSPROP = group(
     ("old velocity applied", "with_momentum", "p - velocity", "p - slots[1]"),
     ("rms of both rounded otherwise", "centered_with_momentum", "rms + (g * g - rms) *", "rms * s.rho + g * g *"),
     ("sparse order of epsilon", "sparse_centered_with_momentum", "rms + s.epsilon - mean * mean", "rms - mean * mean + s.epsilon"),
-    ("RMSprop slot order", "slot_groups", "for name in names", "for name in sorted(names)"),
 )
+WEIGHTS = "test_weights.py test_state.py"
 OTHERS = (
+    *group(WEIGHTS, OPTIMIZERS + "adam.py", ("V1 vhats kept", "_compatible", "weights[: len(self.weights)] if", "weights if")),
+    *group(WEIGHTS, OPTIMIZERS + "rmsprop.py", ("RMSprop slot names", "slot_groups", "for name in names", "for name in sorted(names)")),
     *group(
         golden("adadelta"),
         OPTIMIZERS + "adadelta.py",
@@ -108,11 +109,11 @@ OTHERS = (
     *group(
         golden("ftrl"),
         OPTIMIZERS + "ftrl.py",
-        ("shrinkage enters n", "_half", "old + g * g", "old + shrunk * shrunk"),
-        ("sigma's sign", "_half", "root - op.sqrt(old)", "op.sqrt(old) - root"),
-        ("old root rebuilds", "_half", "_rebuilt(z, root, s)", "_rebuilt(z, op.sqrt(old), s)"),
-        ("l1 not strict", "_rebuilt", "op.abs(z) > s.l1", "op.abs(z) > s.l1 * s.l1"),
-        ("l1's sign", "_rebuilt", "op.sign(z) * s.l1 - z", "op.sign(z) * s.l1 + z"),
+        ("shrinkage enters n", "ftrl_shrunk", "_half(p, g,", "_half(p, g + p * s.two_l2_shrinkage,"),
+        ("sigma's sign", "_half", "root - op.sqrt(slots[0])", "op.sqrt(slots[0]) - root"),
+        ("old root rebuilds", "_half", "return n, root,", "return n, op.sqrt(slots[0]),"),
+        ("l1 not strict", "_rebuild", "op.abs(z) > s.l1", "op.abs(z) > s.l1 * s.l1"),
+        ("l1's sign", "_rebuild", "op.sign(z) * s.l1 - z", "op.sign(z) * s.l1 + z"),
         ("beta not halved", "scalars", "/ (2 * rate)", "/ rate"),
         ("l2 once", "scalars", "l1, 2 * l2,", "l1, l2,"),
         ("power's sign", "scalars", "-step.number(self.learning_rate_power)", "step.number(self.learning_rate_power)"),

@@ -19,82 +19,70 @@ class Scalars(NamedTuple):
     two_l2_shrinkage: float
 
 
-# sigma = (root' - root) / lr, where root = n ** power; the linear slot grows by the gradient (shrunk) less sigma * w.
+# n is the accumulator, z the linear slot, root = n ** power; pull = (root' - root) / lr * w is what the linear slot loses.
 
 
-def _rebuilt(z, root, s):
-    """The variable from the linear slot."""
-    moved = op.div(op.sign(z) * s.l1 - z, op.div(root, s.learning_rate) + s.two_l2)
-    return op.where(op.abs(z) > s.l1, moved, 0.0)
-
-
-def _half(p, g, shrunk, slots, s):
-    """Power -0.5: the root is a square root."""
-    old, z = slots
-    n = old + g * g
+def _half(p, g, slots, s):
+    """Power -0.5, a square root: the new n, its root, and the pull."""
+    n = slots[0] + g * g
     root = op.sqrt(n)
-    z = z + (shrunk - op.div(root - op.sqrt(old), s.learning_rate) * p)
-    return _rebuilt(z, root, s), (n, z)
+    return n, root, op.div(root - op.sqrt(slots[0]), s.learning_rate) * p
 
 
-def _general(p, g, shrunk, slots, s):
+def _general(p, g, slots, s):
     """Any other power."""
-    old, z = slots
-    n = old + g * g
+    n = slots[0] + g * g
     root = op.pow(n, s.power)
-    z = z + (shrunk - op.div(root - op.pow(old, s.power), s.learning_rate) * p)
-    return _rebuilt(z, root, s), (n, z)
+    return n, root, op.div(root - op.pow(slots[0], s.power), s.learning_rate) * p
+
+
+def _rebuild(z, n, root, s):
+    """The variable from the new z."""
+    moved = op.div(op.sign(z) * s.l1 - z, op.div(root, s.learning_rate) + s.two_l2)
+    return op.where(op.abs(z) > s.l1, moved, 0.0), (n, z)
 
 
 def ftrl(p, g, slots, s):
-    return _half(p, g, g, slots, s)
+    n, root, pull = _half(p, g, slots, s)
+    return _rebuild(slots[1] + (g - pull), n, root, s)
 
 
 def ftrl_shrunk(p, g, slots, s):
-    return _half(p, g, g + p * s.two_l2_shrinkage, slots, s)
+    n, root, pull = _half(p, g, slots, s)
+    return _rebuild(slots[1] + (g + p * s.two_l2_shrinkage - pull), n, root, s)
 
 
 def ftrl_power(p, g, slots, s):
-    return _general(p, g, g, slots, s)
+    n, root, pull = _general(p, g, slots, s)
+    return _rebuild(slots[1] + (g - pull), n, root, s)
 
 
 def ftrl_power_shrunk(p, g, slots, s):
-    return _general(p, g, g + p * s.two_l2_shrinkage, slots, s)
+    n, root, pull = _general(p, g, slots, s)
+    return _rebuild(slots[1] + (g + p * s.two_l2_shrinkage - pull), n, root, s)
 
 
 # TensorFlow's sparse operation on vectors adds the gradient to z first.
 
 
-def _half_vector(p, g, shrunk, slots, s):
-    old, z = slots
-    n = old + g * g
-    root = op.sqrt(n)
-    z = z + shrunk - op.div(root - op.sqrt(old), s.learning_rate) * p
-    return _rebuilt(z, root, s), (n, z)
-
-
-def _general_vector(p, g, shrunk, slots, s):
-    old, z = slots
-    n = old + g * g
-    root = op.pow(n, s.power)
-    z = z + shrunk - op.div(root - op.pow(old, s.power), s.learning_rate) * p
-    return _rebuilt(z, root, s), (n, z)
-
-
 def vector(p, g, slots, s):
-    return _half_vector(p, g, g, slots, s)
+    n, root, pull = _half(p, g, slots, s)
+    return _rebuild(slots[1] + g - pull, n, root, s)
 
 
 def vector_shrunk(p, g, slots, s):
-    return _half_vector(p, g, g + p * s.two_l2_shrinkage, slots, s)
+    n, root, pull = _half(p, g, slots, s)
+    return _rebuild(slots[1] + (g + p * s.two_l2_shrinkage) - pull, n, root, s)
 
 
 def vector_power(p, g, slots, s):
-    return _general_vector(p, g, g, slots, s)
+    n, root, pull = _general(p, g, slots, s)
+    return _rebuild(slots[1] + g - pull, n, root, s)
 
 
 def vector_power_shrunk(p, g, slots, s):
-    return _general_vector(p, g, g + p * s.two_l2_shrinkage, slots, s)
+    n, root, pull = _general(p, g, slots, s)
+    return _rebuild(slots[1] + (g + p * s.two_l2_shrinkage) - pull, n, root, s)
 
 
 class Ftrl(Optimizer):
