@@ -92,6 +92,8 @@ class Bucket:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if self.variables:  # torch.load(map_location=...) moves the tensors
+            self.device = self.variables[0].device
         self.index = {id(v): i for i, v in enumerate(self.variables)}
         visible, self.views = state["views"], {name: [None] * len(self.variables) for name in state["views"]}
         for name, flags in visible.items():

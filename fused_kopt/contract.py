@@ -221,6 +221,8 @@ class Contract(ABC):
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)
+        for value in (v for v in self._hyper.values() if isinstance(v, Tensor) and not v.is_meta):
+            value.data = value.data.cpu()  # torch.load(map_location=...) moves them; a step would wait for their values
         self._lock = threading.RLock()
         self._stepping = False
 

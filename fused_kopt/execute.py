@@ -36,6 +36,8 @@ class Update:
     rule: Rule
     scalars: Sequence[float]
     """A NamedTuple of Python floats, rounded to the bucket's compute dtype."""
+    exact: bool = True
+    """Whether executors owe each other equal bits; False for rules with a general power."""
     factors: Tensor | None = None
     """Compute dtype [segments, 5]: see fused_kopt.prepare. None: all neutral."""
 

@@ -108,29 +108,31 @@ def values(gradient: Tensor) -> Tensor:
 def clip_factors(pairs: Sequence[tuple[Tensor, Tensor]], clips: Mapping[str, float | None], grad_scale: float) -> list[Tensor | None]:
     """Per pair the factors that scale and clip its gradient as Keras does (compute dtype [5]); None where all are neutral.
 
-    Order: grad_scale, clipvalue, clipnorm, global_clipnorm. Norms are summed in float64, so that only a non-finite
-    gradient makes a norm non-finite; TensorFlow sums in the variable's dtype, and the last bits can differ.
+    Order: grad_scale, clipvalue, clipnorm, global_clipnorm. Squares are summed in float64; TensorFlow sums in the
+    variable's dtype, and the last bits of a norm can differ.
     """
     if grad_scale == 1.0 and all(c is None for c in clips.values()):
         return [None] * len(pairs)
-    factors, squares = [], []
-    for gradient, variable in pairs:
-        dtype = layout.compute_dtype(variable.dtype)
-        row = torch.tensor(NEUTRAL_FACTORS, dtype=dtype, device=variable.device)
-        row[0] = grad_scale
-        if clips["clipvalue"] is not None:
-            row[1] = clips["clipvalue"]
-        if clips["clipnorm"] is not None or clips["global_clipnorm"] is not None:
-            square = _square_norm(values(gradient).to(dtype), row)
-            if clips["clipnorm"] is not None:
-                row[2] = clips["clipnorm"]
-                row[3] = torch.maximum(op.sqrt(square).to(dtype), row[2])
-                square = square * (row[2].double() / row[3].double()) ** 2
-            squares.append(square)
-        factors.append(row)
+    bound = NEUTRAL_FACTORS[1] if clips["clipvalue"] is None else clips["clipvalue"]
+    kinds = dict.fromkeys((variable.device, layout.compute_dtype(variable.dtype)) for _, variable in pairs)
+    common = {key: torch.tensor((grad_scale, bound, *NEUTRAL_FACTORS[2:]), dtype=key[1], device=key[0]) for key in kinds}
+    rows = [common[variable.device, layout.compute_dtype(variable.dtype)] for _, variable in pairs]
+    if clips["clipnorm"] is None and clips["global_clipnorm"] is None:
+        return list(rows)
+    rows = [row.clone() for row in rows]
+    squares = [_square_norm(values(gradient).to(row.dtype), row) for (gradient, _), row in zip(pairs, rows, strict=True)]
+    if clips["clipnorm"] is not None:
+        squares = [_set_norm_clip(row, square, clips["clipnorm"]) for row, square in zip(rows, squares, strict=True)]
     if clips["global_clipnorm"] is not None:
-        _set_global_scale(factors, squares, clips["global_clipnorm"])
-    return list(factors)
+        _set_global_scale(rows, squares, clips["global_clipnorm"])
+    return list(rows)
+
+
+def _set_norm_clip(row: Tensor, square: Tensor, clip: float) -> Tensor:
+    """Set a row's multiplier and divisor: g * clip / max(norm, clip). Returns the square norm after it."""
+    row[2] = clip
+    row[3] = torch.maximum(op.sqrt(square).to(row.dtype), row[2])
+    return square * (row[2].double() / row[3].double()) ** 2
 
 
 def _square_norm(g: Tensor, row: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kopt import execute, gradients, hyperparameters, tape, updates, verification
+from fused_kopt import execute, gradients, hyperparameters, slots, tape, updates, verification
 from fused_kopt.buffers import Bucket
 from fused_kopt.contract import Contract
 from fused_kopt.errors import StaleVariableError, TornStepError
@@ -47,6 +47,7 @@ class Optimizer(Contract):
     """
 
     sparse_rows: ClassVar[SparseRows] = "touched"
+    exact: ClassVar[bool] = True  # False where the rule has a general power, in which executors differ by up to 2 ulp
 
     @abstractmethod
     def rule(self) -> Rule:
@@ -184,8 +185,7 @@ class Optimizer(Contract):
     def _apply(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         with hyperparameters.restored_on_error(self):
             prepared = self._prepare(pairs)
-            done = next(iter(prepared.steps.values())).iterations
-            verifying = self.verify_every and (done + 1) % self.verify_every == 0
+            verifying = self.verify_every and (self._state.steps_taken() + 1) % self.verify_every == 0
             self._begin(prepared.variables)
         for launches in self._rounds(prepared):
             jobs = [(launch.update, prepared.executors[launch.update.bucket.device]) for launch in launches]
@@ -200,14 +200,15 @@ class Optimizer(Contract):
         self._torn = False
         return self.iterations
 
-    def _compare(self, pairs: Sequence[tuple[Any, Tensor]], executor: Executor) -> list[verification.Comparison]:
+    def _compare(self, pairs: Sequence[tuple[Any, Tensor]], executor: Executor, aggregated: bool) -> list[verification.Comparison]:
         """What `fused_kopt.verify` reports: this step's launches on a copy of the optimizer and the variables."""
         memo: dict[int, Any] = {}
-        checked = gradients.check(gradients.present(pairs))
-        with self._lock:
+        with self._one_step():
+            checked = gradients.check(gradients.present(pairs))
+            self._check_known(checked)
             twin = copy.deepcopy(self, memo)
         checked = [(g, copy.deepcopy(v, memo)) for g, v in checked]
-        prepared = twin._prepare(twin._transform(checked, True))
+        prepared = twin._prepare(twin._transform(checked, aggregated))
         twin._begin(prepared.variables)
         found = []
         for launches in twin._rounds(prepared):
@@ -235,13 +236,11 @@ class Optimizer(Contract):
     def _recipe(self, key: tuple[torch.device, torch.dtype], steps: dict[torch.dtype, Step]) -> Recipe:
         hyperparameters.create(self)
         compute = Bucket(*key).compute
-        iterations = self._state.iterations
-        step = steps[compute] = Step(0 if iterations is None else int(iterations), compute)
+        step = steps[compute] = Step(self._state.steps_taken(), compute)
         with hyperparameters.ieee():
             scalars = self.scalars(step)
         floats = type(scalars)(*(float(x) for x in scalars))
-        flat = tuple(slot for group in self.slot_groups() for slot in group)
-        return Recipe(flat, self.rule(), self.sparse_rule, self.sparse_rows, floats)
+        return Recipe(slots.flatten(self.slot_groups()), self.rule(), self.sparse_rule, self.sparse_rows, floats, self.exact)
 
     def _begin(self, variables: Sequence[Tensor]) -> None:
         """Create what the first step creates: hyperparameters, iterations, slots."""

@@ -17,9 +17,9 @@ class Slot(NamedTuple):
 SlotGroups = tuple[tuple[Slot, ...], ...]
 
 
-def names(groups: SlotGroups) -> tuple[str, ...]:
-    """The slot names in rule order: the order in which a rule receives and returns them."""
-    return tuple(slot.name for group in groups for slot in group)
+def flatten(groups: SlotGroups) -> tuple[Slot, ...]:
+    """The slots in rule order: the order in which a rule receives and returns them."""
+    return tuple(slot for group in groups for slot in group)
 
 
 def creation_order(variables: Iterable[Tensor], groups: SlotGroups) -> Iterator[tuple[Tensor, Slot]]:

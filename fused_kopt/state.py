@@ -29,6 +29,10 @@ class State:
         key = (variable.device, variable.dtype)
         return self.buckets.get(key) or Bucket(*key)
 
+    def steps_taken(self) -> int:
+        """The value of iterations, 0 before it exists."""
+        return 0 if self.iterations is None else int(self.iterations)
+
     def make_iterations(self) -> Tensor:
         """The step counter, 0-d int64, created as the next weight if it does not exist."""
         if self.iterations is None:
@@ -45,9 +49,8 @@ class State:
         members: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for variable in variables:
             members.setdefault((variable.device, variable.dtype), []).append(variable)
-        flat = tuple(slot for group in groups for slot in group)
-        grown = [(self.bucket(list_[0]), list_) for list_ in members.values()]
-        plans = [(bucket, bucket.grown(list_, flat)) for bucket, list_ in grown]
+        grown = [(self.bucket(mine[0]), mine) for mine in members.values()]
+        plans = [(bucket, bucket.grown(mine, slots.flatten(groups))) for bucket, mine in grown]
         self._refuse_own(variable for _, (new, *_) in plans for variable in new)
         before = (self.iterations, len(self.weights), dict(self.buckets), [(bucket, bucket.mark()) for bucket, _ in grown])
         made: list[tuple[Bucket, str, int]] = []
@@ -133,6 +136,10 @@ class State:
         self.__dict__.update(state)
         self.extra = {(id(entry[0]), key[1]): entry for key, entry in state["extra"]}
         self.weights = [self.buckets[w[0]].view(*w[1:]) if isinstance(w, tuple) else w for w in state["weights"]]
+        # torch.load(map_location=...) moves tensors: buckets follow theirs, counters and caches stay on the CPU
+        self.buckets = {(b.device, b.dtype): b for b in self.buckets.values()}
+        for weight in (w for w in state["weights"] if isinstance(w, Tensor) and w.dim() == 0 and not w.is_meta):
+            weight.data = weight.data.cpu()
 
 
 def _initial_value(initializer: Initializer, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -29,6 +29,7 @@ class Recipe:
     sparse_rule: Callable[[int], Rule]
     sparse_rows: SparseRows
     scalars: Sequence[float]
+    exact: bool
 
 
 @dataclass
@@ -96,7 +97,7 @@ def _dense(bucket: Bucket, entries: Sequence[Entry], recipe: Recipe, rule: Rule,
     """One launch over a bucket. A variable laid out otherwise than its slots is updated as a copy and written back."""
     count = len(bucket.variables)
     names = tuple(slot.name for slot in recipe.slots)
-    launch = Launch(Update(bucket, [None] * count, [None] * count, names, rule, recipe.scalars))
+    launch = Launch(Update(bucket, [None] * count, [None] * count, names, rule, recipe.scalars, recipe.exact))
     rows: list[Tensor | None] = [None] * count
     for entry in entries:
         index = bucket.index[id(entry.variable)]
@@ -153,10 +154,11 @@ def _merge(indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _each(bucket: Bucket, variable: Tensor, indices: Tensor, values: Tensor, recipe: Recipe) -> Launch:
     """The rule on zeros gives the steps of all occurrences, which are then added one after the other."""
+    values = values.clone(memory_format=torch.contiguous_format)  # the kernel reads rows in order; autograd may expand one element
     steps = torch.zeros_like(values)
     small = Bucket(bucket.device, bucket.dtype)
     small.adopt(*small.grown([steps], recipe.slots))
-    update = Update(small, [steps], [values], (), recipe.sparse_rule(variable.dim()), recipe.scalars)
+    update = Update(small, [steps], [values], (), recipe.sparse_rule(variable.dim()), recipe.scalars, recipe.exact)
     if variable.device.type == "cpu":
         return Launch(update, [lambda: variable.index_add_(0, indices, steps)])
     return Launch(update, [lambda: variable.index_put_((indices,), steps, accumulate=True)])
@@ -168,7 +170,7 @@ def _touched(bucket: Bucket, variable: Tensor, rows: Tensor, sums: Tensor, recip
     small = Bucket(bucket.device, bucket.dtype)
     small.adopt(*small.grown([gathered], recipe.slots))
     names = tuple(slot.name for slot in recipe.slots)
-    launch = Launch(Update(small, [gathered], [sums], names, recipe.sparse_rule(variable.dim()), recipe.scalars))
+    launch = Launch(Update(small, [gathered], [sums], names, recipe.sparse_rule(variable.dim()), recipe.scalars, recipe.exact))
     launch.finish.append(_row_copier(variable, rows, gathered))
     for name in names:
         view, mine = bucket.view(name, bucket.index[id(variable)]), small.view(name, 0)

@@ -58,17 +58,15 @@ class Tables:
     def __init__(self, blocks: list[tuple[int, int]], device: torch.device) -> None:
         self.grid = len(blocks)
         self.blocks = torch.tensor(blocks, dtype=torch.int32, device=device).reshape(-1, 2)
-        self._rows: list[tuple[int, ...]] = []
+        self._segments: dict[torch.dtype, tuple[list[tuple[int, ...]], Tensor]] = {}
         self._factors: Tensor | None = None
-        self._segments = torch.empty(0)
 
-    def segments(self, rows: list[tuple[int, ...]]) -> Tensor:
-        """The segment table, int64[n, 4], holding `rows`."""
-        if rows != self._rows:
+    def segments(self, rows: list[tuple[int, ...]], dtype: torch.dtype) -> Tensor:
+        """The segment table of the gradients of one dtype, int64[n, 4], holding `rows`."""
+        if dtype not in self._segments or self._segments[dtype][0] != rows:
             # a new tensor each time: a launch in flight may still read the old one
-            self._segments = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.blocks.device)
-            self._rows = rows
-        return self._segments
+            self._segments[dtype] = rows, torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.blocks.device)
+        return self._segments[dtype][1]
 
     def unread(self, update: Any) -> Tensor:
         """A table of factors for a launch that leaves gradients as they are."""
@@ -130,7 +128,7 @@ def _launch(update: Any, prepare: Any, gradient_dtype: torch.dtype) -> None:
     by_pointer = interpret or bucket.compute == torch.float64
     scalars = _scalar_row(update.scalars, bucket.compute, bucket.device) if by_pointer else update.scalars
     factors = tables.unread(update) if update.factors is None else update.factors
-    arguments = (tables.segments(_rows(update, gradient_dtype)), tables.blocks, factors, update.slots, scalars)
+    arguments = (tables.segments(_rows(update, gradient_dtype), gradient_dtype), tables.blocks, factors, update.slots, scalars)
     wrap = rules.interpreted if interpret else rules.compiled
     constants = {
         "RULE": wrap(update.rule),
@@ -147,6 +145,8 @@ def _launch(update: Any, prepare: Any, gradient_dtype: torch.dtype) -> None:
         _interpret(tables.grid, arguments, constants)
     else:
         with torch.cuda.device_of(factors):  # Triton launches on the current device, whatever its arguments lie on
+            for tensor in (*arguments[:3], *update.slots):  # may have been made on another stream than this launch runs on
+                tensor.record_stream(torch.cuda.current_stream())
             warps = THREADS // driver.active.get_current_target().warp_size
             # explicit: the default of enable_fp_fusion flips between Triton releases, and with it the bits
             update_bucket[(tables.grid,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)

@@ -41,6 +41,7 @@ def train(per_step: Callable[[int], list[torch.Tensor]], executor: Any = "refere
 def join(rank: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=RANKS)
+    dist.barrier()  # a rank that is done at once would close the connection on one that still connects
 
 
 def worker_sum(rank: int, folder: str) -> None:

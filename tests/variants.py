@@ -50,9 +50,10 @@ def find() -> dict[str, Rule]:
 
 
 def written() -> set[str]:
-    """The names of all functions in the optimizers' modules that have a rule's signature."""
+    """The names of all public functions in the optimizers' modules that have a rule's signature."""
     modules = {inspect.getmodule(type(optimizer)) for optimizer in variants()}
     members = [member for module in modules for member in vars(module).values() if inspect.isfunction(member)]
+    members = [member for member in members if not member.__name__.startswith("_")]  # what rules share
     return {f.__name__ for f in members if list(inspect.signature(f).parameters) == ["p", "g", "slots", "s"]}
 
 

@@ -140,12 +140,17 @@ class Ftrl(Optimizer):
         self._l2_shrinkage_regularization_strength = l2_shrinkage_regularization_strength
         self.beta = beta
 
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        """Square roots are exact; other powers may differ by 2 ulp between executors."""
+        return float(self.learning_rate_power) == -0.5
+
     def slot_groups(self) -> SlotGroups:
         return ((Slot("accumulator", self._initial_accumulator_value), Slot("linear")),)
 
     def _choose(self, half: Rule, half_shrunk: Rule, power: Rule, power_shrunk: Rule) -> Rule:
         shrunk = self._l2_shrinkage_regularization_strength > 0
-        if float(self.learning_rate_power) == -0.5:
+        if self.exact:
             return half_shrunk if shrunk else half
         return power_shrunk if shrunk else power
 
