@@ -145,8 +145,8 @@ def _launch(update: Any, prepare: Any, gradient_dtype: torch.dtype) -> None:
         _interpret(tables.grid, arguments, constants)
     else:
         with torch.cuda.device_of(factors):  # Triton launches on the current device, whatever its arguments lie on
-            for tensor in (*arguments[:3], *update.slots):  # may have been made on another stream than this launch runs on
-                tensor.record_stream(torch.cuda.current_stream())
+            for tensor in (t for t in (*arguments[:3], *update.slots) if t.is_cuda):
+                tensor.record_stream(torch.cuda.current_stream())  # it may have been made on another stream
             warps = THREADS // driver.active.get_current_target().warp_size
             # explicit: the default of enable_fp_fusion flips between Triton releases, and with it the bits
             update_bucket[(tables.grid,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)

@@ -121,15 +121,15 @@ def test_verify(run: Run) -> None:
 
 def test_verify_covers_every_rule() -> None:
     made = {name: make() for name, make in cli.VARIANTS.items()}
-    classes = set(registry._REGISTRY.values())
-    assert {type(optimizer) for optimizer in made.values()} == {cls for cls in classes if cls.__module__.startswith("fused_kopt.")}
+    own = {cls for cls in registry._REGISTRY.values() if cls.__module__.startswith("fused_kopt.")}
+    assert {type(optimizer) for optimizer in made.values()} == own
     assert all(type(optimizer).__name__.lower() == name.split()[0] for name, optimizer in made.items())
     # dense gradients, and sparse ones of vectors and matrices
     reached = {rule for o in made.values() for rule in (o.rule(), o.sparse_rule(1), o.sparse_rule(2))}
     modules = {sys.modules[type(optimizer).__module__] for optimizer in made.values()}
     functions = {f for m in modules for f in vars(m).values() if getattr(f, "__code__", None) and f.__module__ == m.__name__}
-    rules = {f for f in functions if f.__code__.co_varnames[: f.__code__.co_argcount] == ("p", "g", "slots", "s")}
-    assert reached == {f for f in rules if not f.__name__.startswith("_")}  # the others are what rules share
+    public = {f for f in functions if f.__name__[0] != "_"}  # the others are what rules share
+    assert reached == {f for f in public if f.__code__.co_varnames[: f.__code__.co_argcount] == ("p", "g", "slots", "s")}
 
 
 @pytest.mark.parametrize("dtype", cli.DTYPES, ids=str)

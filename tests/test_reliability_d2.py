@@ -94,7 +94,7 @@ def update_on(device: str) -> Update:
 def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Asserts that a kernel which fails its trial for a reason is refused by name and replaced once with a warning by `auto`."""
     original = verification._known_answer
-    monkeypatch.setattr(verification, "_known_answer", lambda rule, key, scalars: original(rule, (torch.device("cpu"), *key[1:]), scalars))
+    monkeypatch.setattr(verification, "_known_answer", lambda rule, key, *rest: original(rule, (torch.device("cpu"), *key[1:]), *rest))
 
     def fails(reason: str) -> None:
         original.cache_clear()
