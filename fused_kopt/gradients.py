@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,8 @@ def clip_factors(pairs: Sequence[tuple[Tensor, Tensor]], clips: Mapping[str, flo
     Order: grad_scale, clipvalue, clipnorm, global_clipnorm. Squares are summed in float64; TensorFlow sums in the
     variable's dtype, and the last bits of a norm can differ.
     """
+    if not isinstance(grad_scale, Real):
+        raise TypeError(f"`grad_scale` must be a real number. Received: grad_scale={grad_scale!r}.")
     if grad_scale == 1.0 and all(c is None for c in clips.values()):
         return [None] * len(pairs)
     bound = NEUTRAL_FACTORS[1] if clips["clipvalue"] is None else clips["clipvalue"]

@@ -108,7 +108,7 @@ for _which in ("aggregate", "transform"):
     ]
 ATTRIBUTES = [
     *(attribute("epsilon", value, TypeError, REAL) for value in (None, "1e-7", [1e-7])),
-    *(attribute("grad_scale", value, TypeError, "must be real number|too many dimensions") for value in (None, "2")),
+    *(attribute("grad_scale", value, TypeError, "must be a real number") for value in (None, "2")),
     attribute("verify_every", "often", TypeError, "unsupported operand"),
     attribute("_initial_decay", None, TypeError, "not supported"),
     Row("set executor", lambda w: setattr(w.optimizer, "executor", "gpu"), ValueError, "`executor` must be one of"),
