@@ -106,7 +106,7 @@ def values(gradient: Tensor) -> Tensor:
     return gradient._values() if gradient.layout == torch.sparse_coo else gradient
 
 
-def clip_factors(pairs: Sequence[tuple[Tensor, Tensor]], clips: Mapping[str, float | None], grad_scale: float) -> list[Tensor | None]:
+def clip_factors(pairs: Sequence[tuple[Tensor, Tensor]], clips: Mapping[str, float | None], grad_scale: Any) -> list[Tensor | None]:
     """Per pair the factors that scale and clip its gradient as Keras does (compute dtype [5]); None where all are neutral.
 
     Order: grad_scale, clipvalue, clipnorm, global_clipnorm. Squares are summed in float64; TensorFlow sums in the
