@@ -91,22 +91,21 @@ def rest(root: Path) -> list[str]:
     return sorted(f"tests/{path.name}" for path in (root / "tests").glob("test_*.py") if path.name not in NOT_ASKED)
 
 
-def asked(mutation: Mutation) -> list[str]:
-    """The pytest arguments that a mutation names."""
-    return [f"tests/{part}" if part.startswith("test_") else part for part in shlex.split(mutation.tests)]
+def asked(mutation: Mutation) -> Iterator[list[str]]:
+    """The pytest arguments of the runs that a mutation names."""
+    for run in mutation.tests.split(";"):
+        yield [f"tests/{part}" if part.startswith("test_") else part for part in shlex.split(run)]
 
 
 def attempt(mutation: Mutation, source: Path = ROOT, thorough: bool = True, known: Sequence[str] = ()) -> Outcome:
     """Run the tests that are likely to notice, then (if thorough) all others. `known` fail without any mutation."""
     start = time.monotonic()
-    likely = asked(mutation)
-    without = [f"--deselect={name}" for name in known]
     with workshop(source) as root:
         (root / mutation.file).write_text(mutated(mutation, root))
-        found = failures(pytest(root, ["-x", *without, *likely]))
-        if not found and thorough:
-            found = failures(pytest(root, ["-x", *without, *rest(root)]))
-    return Outcome(mutation, found[0].removeprefix("tests/") if found else None, time.monotonic() - start)
+        runs = [*asked(mutation), *([rest(root)] if thorough else [])]
+        found = (failures(pytest(root, ["-x", *(f"--deselect={name}" for name in known), *run])) for run in runs)
+        killers = next(filter(None, found), None)
+    return Outcome(mutation, killers[0].removeprefix("tests/") if killers else None, time.monotonic() - start)
 
 
 def main() -> int:
@@ -119,9 +118,8 @@ def main() -> int:
     console, table = Console(), Table("mutation", "file", "noticed by", "s")
     survivors = 0
     with workshop() as source, ThreadPoolExecutor(options.jobs) as pool:
-        known = failures(
-            pytest(source, sorted({part for m in chosen for part in asked(m) if "/" in part}) if options.quick else rest(source))
-        )
+        files = {part for m in chosen for run in asked(m) for part in run if part.startswith("tests/")}
+        known = failures(pytest(source, sorted(files if options.quick else files | set(rest(source)))))
         console.print(f"{len(known)} tests fail without mutations: {known}", highlight=False)
         for mutation, killer, seconds in pool.map(lambda m: attempt(m, source, not options.quick, known), chosen):
             survivors += killer is None

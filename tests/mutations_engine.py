@@ -1,10 +1,10 @@
 """Wrong versions of the engine around the kernel, one edit each (see `mutations.py`)."""
 
-from mutations import EXECUTORS, OPTIMIZERS, golden, group
+from mutations import EXECUTION, EXECUTORS, OPTIMIZERS, golden, group
 
 ENGINE = (
     *group(
-        "test_clipping.py test_reliability_a.py " + golden("clip"),
+        "test_clipping.py test_reliability_a.py;" + golden("clip"),
         "fused_kopt/gradients.py",
         ("norm clip enlarges", "_set_norm_clip", "torch.maximum(op.sqrt", "torch.minimum(op.sqrt"),
         ("global norm of what was not clipped", "_set_norm_clip", "square * (row[2].double() / row[3].double()) ** 2", "square"),
@@ -19,7 +19,6 @@ ENGINE = (
         "fused_kopt/gradients.py",
         ("shared memory accepted", "check", "if overlap:", "if False:"),
         ("shapes not compared", "_gradient", "gradient.shape != variable.shape", "False"),
-        ("devices not compared", "_gradient", "gradient.device != variable.device", "False"),
         ("rows not checked", "_gradient", "int(rows.min()) >= 0 and ", ""),
         ("gradient overwritten while read", "fit", " and not written.touches(gradient)", ""),
         ("all gradients may be None", "present", "if pairs and len(missing) == len(pairs):", "if False:"),
@@ -37,7 +36,7 @@ ENGINE = (
         ("only neighbours compared", "first_overlap", "open_.append(span)", "open_ = [span]"),
     ),
     *group(
-        golden("late or twice or gaps or mixed") + " test_state.py test_weights.py",
+        "test_state.py test_weights.py test_apply.py test_executors.py",
         "fused_kopt/buffers.py",
         ("slots lost when a variable joins", "grown", "flat[slot.name][: old.numel()] = old", "pass"),
         (
@@ -47,7 +46,6 @@ ENGINE = (
             "self.views.setdefault(name, [None] * len(self.variables))",
         ),
         ("tables kept", "adopt", "if new or flat:", "if False:"),
-        ("slots start at 0", "grown", "(total,), slot.initial,", "(total,), 0.0,"),
     ),
     *group(
         "test_state.py test_weights.py",
@@ -79,7 +77,7 @@ ENGINE = (
         ),
     ),
     *group(
-        "test_apply.py test_reliability_b.py test_weights.py",
+        golden("adam or momentum") + "; test_apply.py test_reliability_b.py test_weights.py",
         "fused_kopt/updates.py",
         ("a variable twice counts once", "rounds", "left = later", "left = []"),
         (
@@ -103,7 +101,7 @@ ENGINE = (
         ("sparse gradients unclipped", "_sparse", "entry.factors is not None", "False"),
     ),
     *group(
-        "test_apply.py test_weights.py test_reliability_d.py test_reliability_c.py",
+        "test_apply.py test_weights.py test_reliability_b2.py test_reliability_c.py test_reliability_c2.py test_tape.py " + EXECUTION,
         "fused_kopt/optimizer.py",
         ("iterations + 2", "_apply", "self.iterations.add_(1)", "self.iterations.add_(2)"),
         ("iterations before the step", "_recipe", "steps_taken(), compute)", "steps_taken() + 1, compute)"),
@@ -124,7 +122,8 @@ ENGINE = (
         ("commit forgotten", "_apply", "self._commit(prepared.steps)", "pass"),
     ),
     *group(
-        "test_reliability_a.py test_reliability_a2.py test_hyperparameters.py " + golden("decay or schedule"),
+        "test_hyperparameters.py test_validation.py test_config.py test_reliability_a.py test_reliability_a2.py;"
+        + golden("decay or schedule"),
         "fused_kopt/hyperparameters.py",
         ("t - 1 in the bias correction", "__init__", "self.dtype(iterations + 1)", "self.dtype(max(iterations, 1))"),
         ("decay a step early", "learning_rate", "self.dtype(self.iterations)", "self.t"),
@@ -150,7 +149,7 @@ ENGINE = (
         ),
     ),
     *group(
-        "test_config.py test_registry.py test_weights.py test_hyperparameters.py",
+        "test_config.py test_registry.py test_state.py test_weights.py test_hyperparameters.py test_reliability_d.py",
         "fused_kopt/contract.py",
         ("lr loses", "__init__", "learning_rate if lr is None else lr", "learning_rate"),
         ("decay not in the config", "_config", '"decay": self._initial_decay, ', ""),
@@ -158,6 +157,12 @@ ENGINE = (
         ("iterations may be reset", "iterations", "if self._state.iterations is not None:", "if False:"),
         ("set_weights keeps the tear", "set_weights", "self._torn = False", "pass"),
         ("V1 lists refused", "without_iterations", "len(weights) == expected - 1", "False"),
+    ),
+    *group(
+        "test_cli.py " + EXECUTION,
+        "fused_kopt/execute.py",
+        ("triton asked for, reference run", "choose", 'executor == "reference" or', 'executor != "auto" or'),
+        ("falls back though asked for", "choose", 'if executor == "triton":', "if False:"),
     ),
     *group(
         "test_registry.py test_config.py",
@@ -172,11 +177,9 @@ ENGINE = (
         ("slots not stored", "_reference", "slot.copy_(value)", "pass"),
         ("gradients rounded to the variable's dtype", "_reference", "gradient.to(compute)", "gradient.to(variable.dtype).to(compute)"),
         ("clip factors ignored", "_triton", "else prepare.scale_and_clip", "else prepare.keep"),
-        ("triton asked for, reference run", "choose", 'executor == "reference" or', 'executor != "auto" or'),
-        ("falls back though asked for", "choose", 'if executor == "triton":', "if False:"),
     ),
     *group(
-        "test_reliability_a.py " + golden("adam_default or rmsprop_default"),
+        golden("adam_default or rmsprop_default") + "; test_reliability_a.py test_reliability_a2.py test_executors.py",
         "fused_kopt/op.py",
         ("root of float32 in torch", "sqrt", "np.sqrt(x.numpy(), out=root.numpy())", "root = torch.sqrt(x)"),
         ("sign of NaN", "sign", "torch.where(x != x, x, torch.sign(x))", "torch.sign(x)"),
@@ -203,7 +206,7 @@ ENGINE = (
         ),
     ),
     *group(
-        "test_apply.py",
+        "test_tape.py",
         "fused_kopt/tape.py",
         ("tapes are persistent", "gradient", "self._used = not self._persistent", "pass"),
         ("everything watched", "gradient", "variables if self._watch_all else", "variables if True else"),

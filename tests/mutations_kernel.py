@@ -1,6 +1,6 @@
 """Wrong versions of the kernel, its launcher and its layout, one edit each (see `mutations.py`)."""
 
-from mutations import EXECUTORS, group
+from mutations import EXECUTION, EXECUTORS, group
 
 KERNEL = (
     *group(
@@ -16,9 +16,6 @@ KERNEL = (
         ("factors of the first variable for all", "update_bucket", "factors + 5 * segment + i", "factors + i"),
         ("block number as element", "update_bucket", ".to(tl.int64) * BLOCK", ".to(tl.int64)"),
         ("gradient at the segment's start", "update_bucket", "g = gradient.to(G) + start", "g = gradient.to(G)"),
-        ("bfloat16 truncated", "encode", "bits + 0x7FFF + ((bits >> 16) & 1)", "bits"),
-        ("ties away from even", "encode", "0x7FFF + ((bits >> 16) & 1)", "0x8000"),
-        ("bfloat16 NaN overflows", "encode", "tl.where(x != x, 0x7FC0, rounded)", "rounded"),
         (
             "slots stored in reverse",
             "update_block",
@@ -34,6 +31,13 @@ KERNEL = (
         ("gradient's alignment not tested", "update_bucket", "(variable | gradient) % 16", "variable % 16"),
         ("hint before the cast", "update_bucket", "tl.multiple_of(variable.to(V), 16)", "tl.multiple_of(variable, 16).to(V)"),
         ("slots without hint", "update_bucket", "tl.multiple_of(tl.load(row + 3), 16)", "tl.load(row + 3)"),
+    ),
+    *group(
+        "test_reliability_a.py",
+        "kernels/update.py",
+        ("bfloat16 truncated", "encode", "bits + 0x7FFF + ((bits >> 16) & 1)", "bits"),
+        ("ties away from even", "encode", "0x7FFF + ((bits >> 16) & 1)", "0x8000"),
+        ("bfloat16 NaN overflows", "encode", "tl.where(x != x, 0x7FC0, rounded)", "rounded"),
     ),
     *group(
         "test_reliability_b3.py",
@@ -65,19 +69,13 @@ KERNEL = (
             "if dtype not in",
             "[old.zero_() for _, old in self._segments.values()]\n        if dtype not in",
         ),
-        ("other gradient dtypes too", "_rows", " or gradient.dtype != gradient_dtype", ""),
-        ("fusion allowed", "_launch", "enable_fp_fusion=False", "enable_fp_fusion=True"),
-        ("default warps", "_launch", "num_warps=warps, ", ""),
-        ("launches not counted", "_launch", "_launches += 1", "_launches += 0"),
         ("float64 scalars as float32", "_scalar_row", "torch.tensor(scalars, dtype=dtype", "torch.tensor(scalars, dtype=torch.float32"),
-        ("threads in the interpreter", "_interpret", "with _INTERPRETER_LOCK, np", "with np"),
     ),
     *group(
         "test_reliability_b.py test_reliability_b3.py test_executors.py",
         "fused_kopt/layout.py",
         ("segments unpadded", "", "ALIGNMENT = 16", "ALIGNMENT = 1"),
         ("segments overlap", "end", "-(-self.numel // ALIGNMENT)", "(self.numel // ALIGNMENT)"),
-        ("late segments start at 0", "plan", "variable.numel(), offset)", "variable.numel(), offset if segments else 0)"),
         ("tail has no block", "blocks", "-(-segment.numel // block)", "segment.numel // block"),
         ("a block too many", "blocks", "range(-(-segment.numel // block))", "range(segment.numel // block + 1)"),
         ("float64 computed in float32", "compute_dtype", "torch.float64 if", "torch.float32 if"),
@@ -94,11 +92,25 @@ KERNEL = (
         "fused_kopt/prepare.py",
         ("clipped before it is scaled", "scale_and_clip", "op.clip(g * grad_scale, bound)", "op.clip(g, bound) * grad_scale"),
         (
-            "global norm before the norm",
+            "values clipped after the norm",
             "scale_and_clip",
-            "op.div(op.clip(g * grad_scale, bound) * multiplier, divisor) * scale",
-            "op.div(op.clip(g * grad_scale, bound) * scale * multiplier, divisor)",
+            "op.clip(g * grad_scale, bound) * multiplier, divisor)",
+            "op.clip(g * grad_scale * multiplier, bound), divisor)",
         ),
         ("bound that binds", "", 'float("inf")', "1e3"),
+    ),
+    *group(
+        f"test_reliability_b2.py test_reliability_b3.py test_reliability_c2.py {EXECUTION}",
+        "kernels/launch.py",
+        ("fusion allowed", "_launch", "enable_fp_fusion=False", "enable_fp_fusion=True"),
+        ("default warps", "_launch", "num_warps=warps, ", ""),
+        ("launches not counted", "_launch", "_launches += 1", "_launches += 0"),
+        ("threads in the interpreter", "_interpret", "with _INTERPRETER_LOCK, np", "with np"),
+        ("other gradient dtypes too", "_rows", " or gradient.dtype != gradient_dtype", ""),
+    ),
+    *group(
+        "test_weights.py test_apply.py",
+        "fused_kopt/layout.py",
+        ("late segments start at 0", "plan", "variable.numel(), offset)", "variable.numel(), offset if segments else 0)"),
     ),
 )

@@ -127,8 +127,7 @@ def test_verify_covers_every_rule() -> None:
     # dense gradients, and sparse ones of vectors and matrices
     reached = {rule for o in made.values() for rule in (o.rule(), o.sparse_rule(1), o.sparse_rule(2))}
     modules = {sys.modules[type(optimizer).__module__] for optimizer in made.values()}
-    functions = {f for m in modules for f in vars(m).values() if getattr(f, "__code__", None) and f.__module__ == m.__name__}
-    public = {f for f in functions if f.__name__[0] != "_"}  # the others are what rules share
+    public = {f for m in modules for n, f in vars(m).items() if n[0] != "_" and getattr(f, "__code__", None) and f.__module__ == m.__name__}
     assert reached == {f for f in public if f.__code__.co_varnames[: f.__code__.co_argcount] == ("p", "g", "slots", "s")}
 
 

@@ -30,7 +30,13 @@ AMD_SCALARS_ASIDE = 4  # scalar registers kept in a vector register's lanes: no 
 AMD_FMA_PER_DIVISION, AMD_FMA_PER_ROOT = 5, {"f32": 2, "f64": 7}
 
 ROUNDED = {f"{name}.rn.{kind}" for name in ("add", "sub", "mul", "div", "sqrt") for kind in ("f32", "f64", "f32.f16")}
-EXACT = {f"{name}.{kind}" for name in ("abs", "neg", "max.NaN", "min.NaN", "max", "min", "selp") for kind in ("f32", "f64")}
+# float32 has maxima that keep NaN; in float64 Triton adds a comparison
+EXACT = {f"{name}.{kind}" for name in ("abs", "neg", "selp") for kind in ("f32", "f64")} | {
+    "max.NaN.f32",
+    "min.NaN.f32",
+    "max.f64",
+    "min.f64",
+}
 CASTS = {"cvt.f32.f16", "cvt.rn.f16.f32", "cvt.rn.f16x2.f32"}
 # what libdevice's float64 pow is made of, and the way there and back
 POWER = {"fma.rn.f64", "rcp.approx.ftz.f64", "abs.ftz.f32", "cvt.rzi.f64.f64", "cvt.f64.f32", "cvt.rn.f32.f64"}

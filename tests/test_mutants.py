@@ -21,7 +21,7 @@ def test_applies(mutation: Mutation) -> None:
 def test_the_list() -> None:
     names = [mutation.name for mutation in mutants.MUTATIONS]
     assert len(names) == len(set(names)) >= 60
-    named = {part for mutation in mutants.MUTATIONS for part in mutation.tests.split() if part.startswith("test_")}
+    named = {part for mutation in mutants.MUTATIONS for part in mutation.tests.replace(";", " ").split() if part.startswith("test_")}
     assert {name for name in named if not (mutants.ROOT / "tests" / name).exists()} == set()
     assert {mutation.file for mutation in mutants.MUTATIONS} >= {
         str(path.relative_to(mutants.ROOT)) for path in (mutants.ROOT / "fused_kopt/optimizers").glob("[a-q]*.py")
