@@ -19,10 +19,14 @@ ENGINE = (
         "fused_kopt/gradients.py",
         ("shared memory accepted", "check", "if overlap:", "if False:"),
         ("shapes not compared", "_gradient", "gradient.shape != variable.shape", "False"),
-        ("rows not checked", "_gradient", "int(rows.min()) >= 0 and ", ""),
         ("gradient overwritten while read", "fit", " and not written.touches(gradient)", ""),
         ("all gradients may be None", "present", "if pairs and len(missing) == len(pairs):", "if False:"),
         ("sets accepted", "present", "(set, frozenset, dict, Tensor, str)", "(dict, Tensor, str)"),
+    ),
+    *group(
+        "test_bad_input.py",
+        "fused_kopt/gradients.py",
+        ("rows not checked", "_gradient", "int(rows.min()) >= 0 and ", ""),
     ),
     *group(
         "test_reliability_b.py test_reliability_b2.py",

@@ -54,7 +54,6 @@ KERNEL = (
         "test_reliability_a.py test_reliability_a2.py",
         "kernels/op.py",
         ("maximum drops NaN", "maximum", ", propagate_nan=tl.PropagateNan.ALL", ""),
-        ("clip drops NaN", "clip", "tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)", "tl.minimum(x, bound)"),
         ("sign of NaN is 0", "sign", "tl.where(x == 0, 0.0, x)", "0.0"),
         ("clip below only", "clip", "return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)", "return x"),
     ),
@@ -91,12 +90,6 @@ KERNEL = (
         EXECUTORS + " test_reliability_a.py",
         "fused_kopt/prepare.py",
         ("clipped before it is scaled", "scale_and_clip", "op.clip(g * grad_scale, bound)", "op.clip(g, bound) * grad_scale"),
-        (
-            "values clipped after the norm",
-            "scale_and_clip",
-            "op.clip(g * grad_scale, bound) * multiplier, divisor)",
-            "op.clip(g * grad_scale * multiplier, bound), divisor)",
-        ),
         ("bound that binds", "", 'float("inf")', "1e3"),
     ),
     *group(
@@ -112,5 +105,20 @@ KERNEL = (
         "test_weights.py test_apply.py",
         "fused_kopt/layout.py",
         ("late segments start at 0", "plan", "variable.numel(), offset)", "variable.numel(), offset if segments else 0)"),
+    ),
+    *group(
+        "test_clipping.py",
+        "kernels/op.py",
+        ("clip drops NaN", "clip", "tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)", "tl.minimum(x, bound)"),
+    ),
+    *group(
+        "test_clipping.py",
+        "fused_kopt/prepare.py",
+        (
+            "values clipped after the norm",
+            "scale_and_clip",
+            "op.clip(g * grad_scale, bound) * multiplier, divisor)",
+            "op.clip(g * grad_scale * multiplier, bound), divisor)",
+        ),
     ),
 )

@@ -142,6 +142,20 @@ def test_layouts_that_are_not_dense(dtype: torch.dtype) -> None:
     assert_same(*outcomes)
 
 
+def test_variables_that_join_later() -> None:
+    """Buffers and tables grow, slots keep their values."""
+    outcomes = []
+    for executor in ("reference", "triton"):
+        variables = [randn(size, seed=size).to(DEVICE) for size in (40, 23, 57)]
+        optimizer = optimizers.Adam(learning_rate=0.1, amsgrad=True, executor=executor)
+        for step, present in enumerate(([0], [0, 1], [2, 0], [1, 2])):
+            pairs = [(randn(len(variables[i]), seed=step).to(DEVICE), variables[i]) for i in present]
+            with small_blocks():
+                optimizer.apply_gradients(pairs)
+        outcomes.append([bits(t) for t in (*variables, *optimizer.weights)])
+    assert_same(*outcomes)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("executor", ["reference", "triton"])
 def test_lion_is_its_formula(executor: execute.Executor, dtype: torch.dtype) -> None:
