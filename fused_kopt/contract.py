@@ -145,7 +145,7 @@ class Contract(ABC):
 
     @property
     def executor(self) -> Executor:
-        """ "auto", "reference" or "triton"; may be changed between steps."""
+        """ "auto", "reference", "triton" or "compiled"; may be changed between steps."""
         return self._executor
 
     @executor.setter

@@ -1,4 +1,4 @@
-"""Executors: the same rule on torch (`reference`) or in one fused launch (`triton`)."""
+"""Executors: the same rule on torch (`reference`), in one fused launch (`triton`), or in compiled C++ (`compiled`)."""
 
 import functools
 import importlib.util
@@ -14,9 +14,12 @@ from torch import Tensor
 from fused_kopt import layout, prepare
 from fused_kopt.buffers import Bucket
 
-Executor = Literal["auto", "reference", "triton"]
-Chosen = Literal["reference", "triton"]
-EXECUTORS: tuple[Executor, ...] = ("auto", "reference", "triton")
+Executor = Literal["auto", "reference", "triton", "compiled"]
+Chosen = Literal["reference", "triton", "compiled"]
+EXECUTORS: tuple[Executor, ...] = ("auto", "reference", "triton", "compiled")
+
+# Elements from which `auto` compiles on CPU: a first step takes 5 to 25 s to build once per machine, rule and dtype.
+WORTH_COMPILING = 1 << 22
 
 # (p, g, slots, s) -> (p, slots); p, g and slots have one shape and dtype, s holds the step's scalars
 Rule = Callable[[Any, Any, tuple[Any, ...], Any], tuple[Any, tuple[Any, ...]]]
@@ -84,6 +87,12 @@ def _triton(update: Update) -> None:
     launch.run(update, prepare.keep if update.factors is None else prepare.scale_and_clip)
 
 
+def _compiled(update: Update) -> None:
+    from fused_kopt import compiled  # torch's compiler takes a second to import
+
+    compiled.run(update)
+
+
 @functools.cache
 def why_not_triton() -> str | None:
     """Why the triton executor is unavailable in this process, or None."""
@@ -96,20 +105,41 @@ def why_not_triton() -> str | None:
     return None
 
 
-def choose(executor: Executor, device: torch.device) -> Chosen:
-    """The executor for a bucket on `device`. `auto`: triton on a GPU, reference elsewhere.
+def choose(executor: Executor, device: torch.device, elements: int = 0) -> Chosen:
+    """The executor for the variables on `device`, `elements` in all.
 
-    Raises RuntimeError where `triton` was asked for and is unavailable.
+    `auto`: triton on a GPU; on CPU compiled from WORTH_COMPILING elements, else the reference. Raises RuntimeError where
+    an executor was asked for by name and is unavailable.
     """
-    if executor == "reference" or (executor == "auto" and device.type == "cpu"):
-        return "reference"
-    reason = why_not_triton() or _why_not_on(device)
+    wanted: Chosen = executor if executor != "auto" else _automatic(device, elements)
+    reason = _why_not(wanted, device)
     if reason is None:
-        return "triton"
-    if executor == "triton":
-        raise RuntimeError(f"executor='triton' is not available: {reason}. Use executor='auto' or 'reference'.")
+        return wanted
+    if executor != "auto":
+        raise RuntimeError(f"executor={executor!r} is not available: {reason}. Use executor='auto' or 'reference'.")
     warn_fallback(reason)
     return "reference"
+
+
+def _automatic(device: torch.device, elements: int) -> Chosen:
+    if device.type != "cpu":
+        return "triton"
+    return "compiled" if elements >= WORTH_COMPILING else "reference"
+
+
+def _why_not(executor: Chosen, device: torch.device) -> str | None:
+    if executor == "triton":
+        return why_not_triton() or _why_not_on(device)
+    return why_not_compiled(device) if executor == "compiled" else None
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """Why the compiled executor is unavailable, or None."""
+    if device.type != "cpu":
+        return f"it runs on CPU tensors, not on {device.type}"
+    from fused_kopt import compiled
+
+    return compiled.why_not()
 
 
 def _why_not_on(device: torch.device) -> str | None:
@@ -131,8 +161,10 @@ def run(update: Update, executor: Chosen) -> None:
     with torch.no_grad():
         if executor == "reference":
             _reference(update)
-        else:
+        elif executor == "triton":
             _triton(update)
+        else:
+            _compiled(update)
 
 
 class Stats(NamedTuple):

@@ -38,8 +38,10 @@ def sign(x: Tensor) -> Tensor:
 def sqrt(x: Tensor) -> Tensor:
     """Square root, correctly rounded; NaN below zero.
 
-    torch's own CPU square root is not: MKL's is one unit off in 17 % of float32 results. numpy's is exact.
+    torch's own CPU square root is not: MKL's is one unit off in 17 % of float32 results. numpy's and Inductor's are exact.
     """
+    if torch.compiler.is_compiling():
+        return torch.sqrt(x)
     if x.device.type != "cpu":
         return x.double().sqrt().to(x.dtype)
     root = torch.empty_like(x)
@@ -55,7 +57,7 @@ def where(condition: Tensor, x: Tensor, y: Tensor | float) -> Tensor:
 
 def pow(x: Tensor, y: Tensor) -> Tensor:
     """x ** y through float64, rounded once: float32 results agree between executors but for 1 in about 10^8."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.pow(x.double(), y.double()).to(x.dtype)
     with np.errstate(all="ignore"):
         power = np.power(x.numpy().astype(np.float64), y.item())

@@ -39,7 +39,8 @@ class Optimizer(Contract):
         gradient_aggregator: function of the (gradient, variable) pairs that returns them summed over the replicas.
             Default: the sum over torch.distributed's ranks.
         gradient_transformers: functions from pairs to pairs, applied after aggregation.
-        executor: "auto" (a fused launch on a GPU, the reference on CPU), "reference" or "triton".
+        executor: "auto" (triton on a GPU; on CPU compiled for large variables, else the reference), "reference", "triton"
+            or "compiled".
         verify_every: every so many steps, run the step on copies through the reference as well and raise
             FusedMismatchError on any difference, before anything is written. Default 0: never.
 
@@ -213,7 +214,7 @@ class Optimizer(Contract):
         found = []
         for launches in twin._rounds(prepared):
             for launch in launches:
-                chosen = execute.choose(executor, launch.update.bucket.device)
+                chosen = execute.choose(executor, launch.update.bucket.device, launch.update.bucket.segments[-1].end)
                 found += verification.compare_updates(launch.update, chosen)
             updates.run(launches, ["reference"] * len(launches))
         return found
@@ -225,7 +226,7 @@ class Optimizer(Contract):
         variables = list({id(v): v for _, v in pairs}.values())
         steps: dict[torch.dtype, Step] = {}
         recipes = {key: self._recipe(key, steps) for key in dict.fromkeys((v.device, v.dtype) for v in variables)}
-        executors = {device: execute.choose(self._executor, device) for device, _ in recipes}
+        executors = {device: execute.choose(self._executor, device, sum(v.numel() for v in variables)) for device, _ in recipes}
         return Prepared(entries, variables, recipes, executors, steps)
 
     def _rounds(self, prepared: Prepared) -> Iterator[list[Launch]]:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # Executors' powers differ by up to 2 ulp, which Ftrl's difference of two roots magnifies; a damaged kernel is far off.
 POWER_BOUND = 1e-4
 
+# Elements of the known-answer test: full blocks and a tail, and more than the compiled executor packs.
+KNOWN = 20_737
+
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -117,7 +120,7 @@ def compare_updates(update: Update, executor: Chosen) -> list[Comparison]:
 
 
 @functools.cache
-def _known_answer(rule: Rule, key: "tuple[Any, ...]", scalars: type, exact: bool) -> str | None:
+def _known_answer(rule: Rule, key: "tuple[Any, ...]", scalars: type, exact: bool, executor: Chosen) -> str | None:
     """Why a freshly compiled kernel cannot be trusted, or None: one launch of full blocks and a tail on made-up numbers.
 
     Triton's disk cache has no integrity check: a damaged binary would run. Compilation failures show here as well,
@@ -125,7 +128,7 @@ def _known_answer(rule: Rule, key: "tuple[Any, ...]", scalars: type, exact: bool
     """
     device, dtype, gradient_dtype, names, clipped = key
     generator = torch.Generator("cpu").manual_seed(0)
-    variable, gradient = (torch.rand(2305, generator=generator, device="cpu") + 0.5 for _ in range(2))
+    variable, gradient = (torch.rand(KNOWN, generator=generator, device="cpu") + 0.5 for _ in range(2))
     bucket = Bucket(device, dtype)
     variable = variable.to(device, dtype)
     bucket.adopt(*bucket.grown([variable], [Slot(name, 0.25) for name in names]))
@@ -133,27 +136,31 @@ def _known_answer(rule: Rule, key: "tuple[Any, ...]", scalars: type, exact: bool
     factors = torch.tensor([[1.0, 0.75, 0.5, 1.5, 1.0]], dtype=bucket.compute, device=device) if clipped else None
     update = Update(bucket, [variable], [gradient.to(device, gradient_dtype)], names, rule, numbers, exact, factors)
     try:
-        report = Report("triton", tuple(compare_updates(update, "triton")))
+        report = Report(executor, tuple(compare_updates(update, executor)))
     except torch.OutOfMemoryError:
         raise  # says nothing about the kernel
     except Exception as error:  # whatever the compiler, its tools or the driver raise
         return f"its kernel does not build or run: {error!r}"
-    return None if report.passes(exact) else f"its kernel fails the known-answer test: {report}. Clear Triton's cache directory."
+    return (
+        None
+        if report.passes(exact)
+        else f"its kernel fails the known-answer test: {report}. Clear the cache directory of Triton or Inductor."
+    )
 
 
 def proven(update: Update, executor: Chosen, requested: Executor) -> Chosen:
-    """The executor, or the reference where `auto` chose Triton and its kernel does not pass on this device.
+    """The executor, or the reference where `auto` chose another whose kernel does not pass on this device.
 
-    Raises RuntimeError where `triton` was asked for by name.
+    Raises RuntimeError where the executor was asked for by name.
     """
     bucket = update.bucket
-    if executor == "reference" or bucket.device.type == "cpu":
+    if executor == "reference" or (executor == "triton" and bucket.device.type == "cpu"):
         return executor
     for dtype in {g.dtype for g in update.gradients if g is not None}:
         key = (bucket.device, bucket.dtype, dtype, update.names, update.factors is not None)
-        reason = _known_answer(update.rule, key, type(update.scalars), update.exact)
-        if reason is not None and requested == "triton":
-            raise RuntimeError(f"executor='triton' is not usable on {bucket.device}: {reason} Use executor='auto' or 'reference'.")
+        reason = _known_answer(update.rule, key, type(update.scalars), update.exact, executor)
+        if reason is not None and requested == executor:
+            raise RuntimeError(f"executor={executor!r} is not usable on {bucket.device}: {reason} Use executor='auto' or 'reference'.")
         if reason is not None:
             execute.warn_fallback(reason)
             return "reference"
@@ -181,7 +188,7 @@ def verify(
     Args:
         optimizer: any optimizer, built or not.
         grads_and_vars: as for `apply_gradients`.
-        executor: "triton", "reference" or "auto".
+        executor: "triton", "compiled", "reference" or "auto".
         experimental_aggregate_gradients: as for `apply_gradients`; where True, every rank of a process group must call.
 
     Returns a Report: per variable and slot equal, max_ulp and max_abs; `report.equal` for all of them, `str(report)` to print.
