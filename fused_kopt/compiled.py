@@ -76,7 +76,9 @@ def _flat(tensor: Tensor, start: int = 0, length: int | None = None) -> Tensor:
     dynamo guards on what a view is a view of, and would compile again for another kind of base.
     """
     size = tensor.numel() if length is None else length
-    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(tensor.untyped_storage(), int(tensor.storage_offset()) + start, (size,), (1,))
+    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
+        tensor.untyped_storage(), int(tensor.storage_offset()) + start, (size,), (1,)
+    )
 
 
 def _parts(update: Any, packed: Tensor, piece: Piece) -> list[Tensor]:

@@ -18,8 +18,9 @@ Executor = Literal["auto", "reference", "triton", "compiled"]
 Chosen = Literal["reference", "triton", "compiled"]
 EXECUTORS: tuple[Executor, ...] = ("auto", "reference", "triton", "compiled")
 
-# Elements from which `auto` compiles on CPU: a first step takes 5 to 25 s to build once per machine, rule and dtype.
-WORTH_COMPILING = 1 << 22
+# Elements from which `auto` compiles on CPU: building takes some seconds once per machine, rule and dtype, and a step of
+# Adam on so many elements then takes about a millisecond instead of tens.
+WORTH_COMPILING = 1 << 20
 
 # (p, g, slots, s) -> (p, slots); p, g and slots have one shape and dtype, s holds the step's scalars
 Rule = Callable[[Any, Any, tuple[Any, ...], Any], tuple[Any, tuple[Any, ...]]]

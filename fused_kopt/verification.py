@@ -141,11 +141,7 @@ def _known_answer(rule: Rule, key: "tuple[Any, ...]", scalars: type, exact: bool
         raise  # says nothing about the kernel
     except Exception as error:  # whatever the compiler, its tools or the driver raise
         return f"its kernel does not build or run: {error!r}"
-    return (
-        None
-        if report.passes(exact)
-        else f"its kernel fails the known-answer test: {report}. Clear the cache directory of Triton or Inductor."
-    )
+    return None if report.passes(exact) else f"its kernel fails the known-answer test: {report}. Clear the compiler's cache directory."
 
 
 def proven(update: Update, executor: Chosen, requested: Executor) -> Chosen:

@@ -123,7 +123,7 @@ def test_D14_a_damaged_kernel_fails_its_known_answer(element: int, tried: Any, m
         update.variables[0].view(torch.int32)[element] ^= 1  # type: ignore[union-attr]
 
     monkeypatch.setattr(execute, "_triton", damaged)
-    tried(r"fails the known-answer test: triton: 1 of 2 tensors differ.*variable 0 variable: 1 ulp.*Clear Triton's cache directory")
+    tried(r"fails the known-answer test: triton: 1 of 2 tensors differ.*variable 0 variable: 1 ulp.*Clear the compiler's cache directory")
 
 
 def test_D14_a_kernel_that_does_nothing_fails_its_known_answer(gpu: Driver, tried: Any) -> None:

@@ -30,6 +30,7 @@ KEYWORDS = {"__init__", "_config", "check_not_negative"}
 LAYERS = (
     ("aggregate", "errors", "layout", "op", "optimizers.schedules", "slots", "tape", "tensors"),
     ("buffers", "prepare"),
+    ("compiled",),
     ("execute", "state"),
     ("gradients", "hyperparameters", "verification"),
     ("contract", "updates"),
@@ -49,6 +50,7 @@ KERNEL_LEVEL = {f"kernels.{name}": level for level, layer in enumerate(KERNEL_LA
 # Imports inside functions, each for its reason.
 LAZY = {
     ("execute", "fused_kopt.kernels.launch"): "machines without Triton run the reference",
+    ("execute", "fused_kopt.compiled"): "torch's compiler takes a second to import",
     ("contract", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
     ("hyperparameters", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
     ("cli", "triton"): "machines without Triton say so",
