@@ -121,4 +121,22 @@ KERNEL = (
             "op.clip(g * grad_scale * multiplier, bound), divisor)",
         ),
     ),
+    *group(
+        "test_compiled.py",
+        "fused_kopt/compiled.py",
+        ("packed variables not copied back", "run", "if piece.members:", "if False:"),
+        ("gaps packed over", "_pieces", "pack[-1] == index - 1 and ", ""),
+        ("last neighbours forgotten", "_pieces", "if pack:", "if False:"),
+        ("packed gradients of several dtypes", "_pieces", " and update.gradients[pack[0]].dtype == gradient.dtype", ""),
+        ("packed gradients unclipped", "_packed", "if update.factors is not None:", "if False:"),
+        ("factors of the first variable compiled", "_pieces", "update.factors[index]", "update.factors[0]"),
+        ("slots from the buffer's start", "run", "_flat(flat, piece.start,", "_flat(flat, 0,"),
+        (
+            "padding between neighbours lost",
+            "_parts",
+            "[s.offset - piece.start :]",
+            "[sum(t.numel for t in segments[: segments.index(s)]) :]",
+        ),
+    ),
+    *group("test_compiled.py", "fused_kopt/execute.py", ("auto never compiles", "_automatic", "elements >= WORTH_COMPILING", "False")),
 )
