@@ -5,9 +5,10 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,9 +19,8 @@ Executor = Literal["auto", "reference", "triton", "compiled"]
 Chosen = Literal["reference", "triton", "compiled"]
 EXECUTORS: tuple[Executor, ...] = ("auto", "reference", "triton", "compiled")
 
-# Elements from which `auto` compiles on CPU: building takes some seconds once per machine, rule and dtype, and a step of
-# Adam on so many elements then takes about a millisecond instead of tens.
-WORTH_COMPILING = 1 << 20
+# Elements from which `auto` compiles on CPU: building takes half a second once per machine, rule and dtype.
+WORTH_COMPILING = 1 << 16
 
 # (p, g, slots, s) -> (p, slots); p, g and slots have one shape and dtype, s holds the step's scalars
 Rule = Callable[[Any, Any, tuple[Any, ...], Any], tuple[Any, tuple[Any, ...]]]
@@ -44,15 +44,30 @@ class Update:
     """Whether executors owe each other equal bits; False for rules with a general power."""
     factors: Tensor | None = None
     """Compute dtype [segments, 5]: see fused_kopt.prepare. None: all neutral."""
+    tables: dict[torch.dtype, Any] = field(default_factory=dict)
+    """Segment table by gradient dtype, int64 [segments, 4]: address of the variable, of the gradient, elements (0: absent), offset."""
 
     @property
     def slots(self) -> tuple[Tensor, ...]:
         """The flat buffers in rule order."""
         return tuple(self.bucket.flat[name] for name in self.names)
 
-    def blocks(self, block: int) -> list[tuple[int, int]]:
+    def blocks(self, block: int) -> Any:
         """The block table of the bucket."""
         return layout.blocks(self.bucket.segments, block)
+
+    def segment_tables(self) -> dict[torch.dtype, Any]:
+        """`tables`, made from the tensors where they are not given: one launch each."""
+        for dtype in dict.fromkeys(g.dtype for g in self.gradients if g is not None and g.dtype not in self.tables):
+            self.tables[dtype] = np.array(
+                [
+                    (0, 0, 0, segment.offset) if g is None or v is None or g.dtype != dtype
+                    else (v.data_ptr(), g.data_ptr(), segment.numel, segment.offset)
+                    for segment, v, g in zip(self.bucket.segments, self.variables, self.gradients, strict=True)
+                ],
+                dtype=np.int64,
+            )
+        return self.tables
 
     def copy(self) -> "Update":
         """The same update on copies of the variables and slots. Gradients are shared: nothing writes them."""
@@ -60,7 +75,7 @@ class Update:
         variables = [v if v is None else layout.clone(v, v.stride()) for v in self.variables]
         flat = {name: self.bucket.flat[name].clone() for name in self.names}
         bucket.adopt(list(self.bucket.variables), list(self.bucket.segments), flat)
-        return replace(self, bucket=bucket, variables=variables)
+        return replace(self, bucket=bucket, variables=variables, tables={})
 
 
 def _reference(update: Update) -> None:
@@ -89,9 +104,9 @@ def _triton(update: Update) -> None:
 
 
 def _compiled(update: Update) -> None:
-    from fused_kopt import compiled  # torch's compiler takes a second to import
+    from fused_kopt.kernels import cpp_launch
 
-    compiled.run(update)
+    cpp_launch.run(update, prepare.keep if update.factors is None else prepare.scale_and_clip)
 
 
 @functools.cache
@@ -138,9 +153,9 @@ def why_not_compiled(device: torch.device) -> str | None:
     """Why the compiled executor is unavailable, or None."""
     if device.type != "cpu":
         return f"it runs on CPU tensors, not on {device.type}"
-    from fused_kopt import compiled
+    from fused_kopt.kernels import cpp_build
 
-    return compiled.why_not()
+    return None if cpp_build.compiler() else f"no C++ compiler found among {cpp_build.COMPILERS}; install one"
 
 
 def _why_not_on(device: torch.device) -> str | None:
@@ -169,15 +184,16 @@ def run(update: Update, executor: Chosen) -> None:
 
 
 class Stats(NamedTuple):
-    """Counters since the process started; all 0 until the triton executor has run."""
+    """Counters since the process started; all 0 while every step ran on the reference."""
 
     launches: int = 0
-    """Kernel launches, in the interpreter too."""
+    """Kernel launches, in the interpreter and in C++ too."""
     compilations: int = 0
-    """Kernels that Triton compiled or read from its disk cache; the interpreter compiles none."""
+    """Kernels compiled by Triton or C++, or read from their disk caches; the interpreter compiles none."""
 
 
 def stats() -> Stats:
     """How many kernels were launched and compiled in this process: one launch per bucket and step is the promise."""
-    launch = sys.modules.get("fused_kopt.kernels.launch")
-    return Stats(*launch.counters()) if launch else Stats()
+    loaded = [sys.modules.get(f"fused_kopt.kernels.{name}") for name in ("launch", "cpp_launch")]
+    counts = [module.counters() for module in loaded if module is not None]
+    return Stats(*map(sum, zip(*counts, strict=True))) if counts else Stats()

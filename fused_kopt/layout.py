@@ -1,8 +1,9 @@
-"""Where the variables of a bucket lie in its flat buffers. Pure Python on shapes; allocates nothing."""
+"""Where the variables of a bucket lie in its flat buffers. Pure shapes; allocates nothing."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +71,8 @@ def plan(variables: Iterable[Tensor], offset: int = 0) -> list[Segment]:
     return segments
 
 
-def blocks(segments: Sequence[Segment], block: int) -> list[tuple[int, int]]:
-    """The block table: (segment, block of it) for every program of a launch; empty segments have none."""
-    return [(index, b) for index, segment in enumerate(segments) for b in range(-(-segment.numel // block))]
+def blocks(segments: Sequence[Segment], block: int) -> Any:
+    """The block table, int32 [grid, 2]: (segment, block of it) for every program of a launch; empty segments have none."""
+    counts = np.array([-(-segment.numel // block) for segment in segments], dtype=np.int64)
+    index = np.repeat(np.arange(len(segments)), counts)
+    return np.stack([index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)], axis=1).astype(np.int32)

@@ -1,5 +1,6 @@
 """Launching the kernel: tables, block sizes, counters, and the choice between the compiler and the interpreter."""
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,34 +56,35 @@ def _interpreter_block(segments: Any) -> int:
 class Tables:
     """A bucket's device tables. The block table depends on shapes alone; the segment table is uploaded when it changes."""
 
-    def __init__(self, blocks: list[tuple[int, int]], device: torch.device) -> None:
+    def __init__(self, blocks: Any, device: torch.device) -> None:
         self.grid = len(blocks)
-        self.blocks = torch.tensor(blocks, dtype=torch.int32, device=device).reshape(-1, 2)
-        self._segments: dict[torch.dtype, tuple[list[tuple[int, ...]], Tensor]] = {}
+        self.device = device
+        self.blocks = upload(blocks, device)
+        self._segments: dict[torch.dtype, tuple[Any, Any, Tensor]] = {}
         self._factors: Tensor | None = None
 
-    def segments(self, rows: list[tuple[int, ...]], dtype: torch.dtype) -> Tensor:
-        """The segment table of the gradients of one dtype, int64[n, 4], holding `rows`."""
-        if dtype not in self._segments or self._segments[dtype][0] != rows:
-            # a new tensor each time: a launch in flight may still read the old one
-            self._segments[dtype] = rows, torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.blocks.device)
-        return self._segments[dtype][1]
+    def segments(self, table: Any, dtype: torch.dtype) -> Tensor:
+        """A segment table of the gradients of one dtype, int64[n, 4], on the device. A read-only array is known by identity."""
+        if dtype in self._segments:
+            given, copy, uploaded = self._segments[dtype]
+            if (table is given and not table.flags.writeable) or np.array_equal(table, copy):
+                return uploaded
+        # a new tensor each time: a launch in flight may still read the old one
+        copy = table.copy()
+        self._segments[dtype] = table, copy, upload(copy, self.device)
+        return self._segments[dtype][2]
 
     def unread(self, update: Any) -> Tensor:
         """A table of factors for a launch that leaves gradients as they are."""
         if self._factors is None:
-            self._factors = torch.zeros((len(update.variables), 5), dtype=update.bucket.compute, device=self.blocks.device)
+            self._factors = torch.zeros((len(update.bucket.segments), 5), dtype=update.bucket.compute, device=self.device)
         return self._factors
 
 
-def _rows(update: Any, gradient_dtype: torch.dtype) -> list[tuple[int, ...]]:
-    rows: list[tuple[int, ...]] = []
-    for segment, variable, gradient in zip(update.bucket.segments, update.variables, update.gradients, strict=True):
-        if variable is None or gradient.dtype != gradient_dtype:
-            rows.append((0, 0, 0, segment.offset))
-        else:
-            rows.append((variable.data_ptr(), gradient.data_ptr(), segment.numel, segment.offset))
-    return rows
+def upload(array: Any, device: torch.device) -> Tensor:
+    """A numpy array on a device: through pinned memory, which neither waits for the device nor makes it wait."""
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def _tables(update: Any, block: int) -> Tables:
@@ -107,52 +109,59 @@ class Build:
 
 def _scalar_row(scalars: Sequence[float], dtype: torch.dtype, device: torch.device) -> Any:
     """The scalars as a tuple of the same class that holds pointers to them."""
-    row = torch.tensor(scalars, dtype=dtype, device=device)
+    row = upload(np.array(scalars, dtype=np.float64 if dtype == torch.float64 else np.float32), device)
     return type(scalars)(*row.split(1))
 
 
 def run(update: Any, prepare: Any) -> None:
     """Launch an update (`fused_kopt.execute.Update`): once, or once per gradient dtype where gradients differ in it."""
-    for dtype in dict.fromkeys(g.dtype for g in update.gradients if g is not None):
-        _launch(update, prepare, dtype)
+    interpret = interprets(update.bucket.device)
+    block = _interpreter_block(update.bucket.segments) if interpret else block_size(update.bucket.dtype)
+    tables = _tables(update, block)
+    if tables.grid:
+        for dtype, table in update.segment_tables().items():
+            _launch(update, prepare, dtype, tables, tables.segments(table, dtype))
 
 
-def _launch(update: Any, prepare: Any, gradient_dtype: torch.dtype) -> None:
+def _launch(update: Any, prepare: Any, gradient_dtype: torch.dtype, tables: Tables, segments: Tensor) -> None:
     global _launches
     bucket = update.bucket
     interpret = interprets(bucket.device)
-    block = _interpreter_block(bucket.segments) if interpret else block_size(bucket.dtype)
-    tables = _tables(update, block)
-    if not tables.grid:
-        return
     by_pointer = interpret or bucket.compute == torch.float64
     scalars = _scalar_row(update.scalars, bucket.compute, bucket.device) if by_pointer else update.scalars
     factors = tables.unread(update) if update.factors is None else update.factors
-    arguments = (tables.segments(_rows(update, gradient_dtype), gradient_dtype), tables.blocks, factors, update.slots, scalars)
+    arguments = (segments, tables.blocks, factors, update.slots, scalars)
     wrap = rules.interpreted if interpret else rules.compiled
-    constants = {
-        "RULE": wrap(update.rule),
-        "PREPARE": wrap(prepare),
-        "SCALARS": Build(type(update.scalars)) if by_pointer else None,
-        "VARIABLE": TRITON_DTYPE[bucket.dtype],
-        "GRADIENT": TRITON_DTYPE[gradient_dtype],
-        "COMPUTE": TRITON_DTYPE[bucket.compute],
-        "BLOCK": block,
-    }
+    constants = (
+        wrap(update.rule), wrap(prepare), Build(type(update.scalars)) if by_pointer else None,
+        TRITON_DTYPE[bucket.dtype], TRITON_DTYPE[gradient_dtype], TRITON_DTYPE[bucket.compute],
+    )  # fmt: skip
     with _counter_lock:
         _launches += 1
     if interpret:
-        _interpret(tables.grid, arguments, constants)
+        _interpret(tables.grid, (*arguments, *constants, _interpreter_block(bucket.segments)))
     else:
-        with torch.cuda.device_of(factors):  # Triton launches on the current device, whatever its arguments lie on
-            for tensor in (t for t in (*arguments[:3], *update.slots) if t.is_cuda):
-                tensor.record_stream(torch.cuda.current_stream())  # it may have been made on another stream
+        _compiled(tables.grid, (*arguments, *constants, block_size(bucket.dtype)), bucket.device)
+
+
+# The compiled kernel per device and constants: Triton's own way to it costs a launch three times as much.
+_kernels: dict[Any, Any] = {}
+
+
+def _compiled(grid: int, arguments: tuple[Any, ...], device: torch.device) -> None:
+    tensors = [*arguments[:3], *arguments[3]]
+    key = (device, len(arguments[3]), type(arguments[4]), *arguments[5:])
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # Triton launches on the current device
+        for tensor in (t for t in tensors if t.is_cuda):
+            tensor.record_stream(torch.cuda.current_stream())  # it may have been made on another stream
+        if key not in _kernels:
             warps = THREADS // driver.active.get_current_target().warp_size
             # explicit: the default of enable_fp_fusion flips between Triton releases, and with it the bits
-            update_bucket[(tables.grid,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
+            _kernels[key] = update_bucket.warmup(*arguments, grid=(grid,), num_warps=warps, enable_fp_fusion=False)
+        _kernels[key][(grid, 1, 1)](*arguments)
 
 
-def _interpret(grid: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+def _interpret(grid: int, arguments: tuple[Any, ...]) -> None:
     kernel = interpreter.InterpretedFunction(rules.interpreted(update_bucket.fn))
     with _INTERPRETER_LOCK, np.errstate(all="ignore"):
-        kernel[(grid,)](*arguments, **constants)
+        kernel[(grid,)](*arguments)

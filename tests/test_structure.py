@@ -30,7 +30,6 @@ KEYWORDS = {"__init__", "_config", "check_not_negative"}
 LAYERS = (
     ("aggregate", "errors", "layout", "op", "optimizers.schedules", "slots", "tape", "tensors"),
     ("buffers", "prepare"),
-    ("compiled",),
     ("execute", "state"),
     ("gradients", "hyperparameters", "verification"),
     ("contract", "updates"),
@@ -44,13 +43,14 @@ LAYERS = (
     ("cli",),
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-KERNEL_LAYERS = (("op", "update"), ("rules",), ("launch",))
+KERNEL_LAYERS = (("cpp_build", "cpp_op", "op", "rebind", "update"), ("cpp", "rules"), ("cpp_launch", "launch"))
 KERNEL_LEVEL = {f"kernels.{name}": level for level, layer in enumerate(KERNEL_LAYERS) for name in layer}
 
 # Imports inside functions, each for its reason.
 LAZY = {
     ("execute", "fused_kopt.kernels.launch"): "machines without Triton run the reference",
-    ("execute", "fused_kopt.compiled"): "torch's compiler takes a second to import",
+    ("execute", "fused_kopt.kernels.cpp_build"): "only steps on CPU build C++",
+    ("execute", "fused_kopt.kernels.cpp_launch"): "only steps on CPU build C++",
     ("contract", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
     ("hyperparameters", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
     ("cli", "triton"): "machines without Triton say so",
