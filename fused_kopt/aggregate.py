@@ -7,6 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def replicated() -> bool:
+    """Whether there is more than one rank to sum over."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def all_reduce_sum(pairs: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
     """The pairs with every gradient summed over the default process group; the very same pairs without a group.
 
@@ -14,7 +19,7 @@ def all_reduce_sum(pairs: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Ten
     caller's gradients are not written. Raises RuntimeError where this call cannot aggregate: a sparse gradient, a
     device for which the group has no backend, a process that is not a member.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not replicated():
         return pairs
     members: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for position, (gradient, _) in enumerate(pairs):

@@ -27,7 +27,7 @@ class Bucket:
         self.flat: dict[str, Tensor] = {}
         self.views: dict[str, list[Tensor | None]] = {}
         self.index: dict[int, int] = {}
-        self.tables: Any = None  # what the Triton executor keeps between launches
+        self.tables: Any = None  # what executors keep between launches; None once the buffers moved
 
     def grown(self, variables: Iterable[Tensor], slots: Iterable[Slot]) -> tuple[list[Tensor], list[Segment], dict[str, Tensor]]:
         """All that `adopt` needs to hold new variables and slots too. Allocates, publishes nothing."""

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from fused_kopt import aggregate, hyperparameters, state
 from fused_kopt.execute import Executor
 from fused_kopt.hyperparameters import Hyperparameter, Options
+from fused_kopt.repeat import Repeats
 from fused_kopt.slots import Slot, SlotGroups
 
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
@@ -51,6 +52,7 @@ class Contract(ABC):
         self._lock = threading.RLock()
         self._stepping = False
         self._torn = False
+        self._repeats = Repeats()
         lr = options.get("lr")
         self.learning_rate = learning_rate if lr is None else lr
         self.decay = self._initial_decay
@@ -217,7 +219,7 @@ class Contract(ABC):
             return self._state.add_slot(var, Slot(slot_name), shape, initializer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_stepping")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_stepping", "_repeats")}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)
@@ -225,6 +227,7 @@ class Contract(ABC):
             value.data = value.data.cpu()  # torch.load(map_location=...) moves them; a step would wait for their values
         self._lock = threading.RLock()
         self._stepping = False
+        self._repeats = Repeats()
 
 
 def without_iterations(weights: Sequence[Any], expected: int) -> Sequence[Any]:

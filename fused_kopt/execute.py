@@ -5,7 +5,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -44,8 +44,8 @@ class Update:
     """Whether executors owe each other equal bits; False for rules with a general power."""
     factors: Tensor | None = None
     """Compute dtype [segments, 5]: see fused_kopt.prepare. None: all neutral."""
-    tables: dict[torch.dtype, Any] = field(default_factory=dict)
-    """Segment table by gradient dtype, int64 [segments, 4]: address of the variable, of the gradient, elements (0: absent), offset."""
+    tables: dict[torch.dtype, Any] | None = None
+    """What `segment_tables` returns, where the addresses are known without the tensors."""
 
     @property
     def slots(self) -> tuple[Tensor, ...]:
@@ -54,20 +54,22 @@ class Update:
 
     def blocks(self, block: int) -> Any:
         """The block table of the bucket."""
-        return layout.blocks(self.bucket.segments, block)
+        return layout.blocks([segment.numel for segment in self.bucket.segments], block)
 
     def segment_tables(self) -> dict[torch.dtype, Any]:
-        """`tables`, made from the tensors where they are not given: one launch each."""
-        for dtype in dict.fromkeys(g.dtype for g in self.gradients if g is not None and g.dtype not in self.tables):
-            self.tables[dtype] = np.array(
-                [
-                    (0, 0, 0, segment.offset) if g is None or v is None or g.dtype != dtype
-                    else (v.data_ptr(), g.data_ptr(), segment.numel, segment.offset)
-                    for segment, v, g in zip(self.bucket.segments, self.variables, self.gradients, strict=True)
-                ],
-                dtype=np.int64,
-            )
-        return self.tables
+        """A segment table by gradient dtype, one launch each.
+
+        int64 [segments, 4]: address of the variable, of the gradient, elements (0: absent in this launch), offset in the slots.
+        """
+        if self.tables is not None:
+            return self.tables
+        tables = {}
+        for dtype in dict.fromkeys(g.dtype for g in self.gradients if g is not None):
+            tables[dtype] = np.zeros((len(self.gradients), 4), dtype=np.int64)
+            for row, segment, v, g in zip(tables[dtype], self.bucket.segments, self.variables, self.gradients, strict=True):
+                if v is not None and g is not None and g.dtype == dtype:
+                    row[:] = v.data_ptr(), g.data_ptr(), segment.numel, segment.offset
+        return tables
 
     def copy(self) -> "Update":
         """The same update on copies of the variables and slots. Gradients are shared: nothing writes them."""
@@ -75,7 +77,7 @@ class Update:
         variables = [v if v is None else layout.clone(v, v.stride()) for v in self.variables]
         flat = {name: self.bucket.flat[name].clone() for name in self.names}
         bucket.adopt(list(self.bucket.variables), list(self.bucket.segments), flat)
-        return replace(self, bucket=bucket, variables=variables, tables={})
+        return replace(self, bucket=bucket, variables=variables)
 
 
 def _reference(update: Update) -> None:
@@ -181,6 +183,18 @@ def run(update: Update, executor: Chosen) -> None:
             _triton(update)
         else:
             _compiled(update)
+
+
+def square_norms(norms: Any, table: Any, row: Tensor, executor: Chosen) -> Tensor:
+    """The square norms (`fused_kopt.norms.Norms`) of a segment table's gradients, by an executor that reads addresses."""
+    with torch.no_grad():
+        if executor == "triton":
+            from fused_kopt.kernels import launch
+
+            return launch.square_norms(norms, table, prepare.scale_and_clip, row)
+        from fused_kopt.kernels import cpp_launch
+
+        return cpp_launch.square_norms(norms, table, prepare.scale_and_clip, row)
 
 
 class Stats(NamedTuple):

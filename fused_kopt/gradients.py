@@ -1,15 +1,14 @@
-"""From what the caller passed to pairs that a launch can trust, and Keras's gradient clipping as launch factors."""
+"""From what the caller passed to pairs that a launch can trust, and the table of factors."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fused_kopt import layout, op, tensors
+from fused_kopt import layout, tensors
 from fused_kopt.execute import Update
 from fused_kopt.prepare import NEUTRAL_FACTORS
 
@@ -99,58 +98,6 @@ def fit(gradient: Tensor, segment: layout.Segment, written: tensors.Written) -> 
     if layout.same_layout(segment.shape, segment.stride, gradient.stride()) and not written.touches(gradient):
         return gradient
     return layout.clone(gradient, segment.stride)
-
-
-def values(gradient: Tensor) -> Tensor:
-    """The stored elements: all of a dense gradient, the rows of a sparse one before duplicates are merged."""
-    return gradient._values() if gradient.layout == torch.sparse_coo else gradient
-
-
-def clip_factors(pairs: Sequence[tuple[Tensor, Tensor]], clips: Mapping[str, float | None], grad_scale: Any) -> list[Tensor | None]:
-    """Per pair the factors that scale and clip its gradient as Keras does (compute dtype [5]); None where all are neutral.
-
-    Order: grad_scale, clipvalue, clipnorm, global_clipnorm. Squares are summed in float64; TensorFlow sums in the
-    variable's dtype, and the last bits of a norm can differ.
-    """
-    if not isinstance(grad_scale, Real):
-        raise TypeError(f"`grad_scale` must be a real number. Received: grad_scale={grad_scale!r}.")
-    if grad_scale == 1.0 and all(c is None for c in clips.values()):
-        return [None] * len(pairs)
-    bound = NEUTRAL_FACTORS[1] if clips["clipvalue"] is None else clips["clipvalue"]
-    kinds = dict.fromkeys((variable.device, layout.compute_dtype(variable.dtype)) for _, variable in pairs)
-    common = {key: torch.tensor((grad_scale, bound, *NEUTRAL_FACTORS[2:]), dtype=key[1], device=key[0]) for key in kinds}
-    rows = [common[variable.device, layout.compute_dtype(variable.dtype)] for _, variable in pairs]
-    if clips["clipnorm"] is None and clips["global_clipnorm"] is None:
-        return list(rows)
-    rows = [row.clone() for row in rows]
-    squares = [_square_norm(values(gradient).to(row.dtype), row) for (gradient, _), row in zip(pairs, rows, strict=True)]
-    if clips["clipnorm"] is not None:
-        squares = [_set_norm_clip(row, square, clips["clipnorm"]) for row, square in zip(rows, squares, strict=True)]
-    if clips["global_clipnorm"] is not None:
-        _set_global_scale(rows, squares, clips["global_clipnorm"])
-    return list(rows)
-
-
-def _set_norm_clip(row: Tensor, square: Tensor, clip: float) -> Tensor:
-    """Set a row's multiplier and divisor: g * clip / max(norm, clip). Returns the square norm after it."""
-    row[2] = clip
-    row[3] = torch.maximum(op.sqrt(square).to(row.dtype), row[2])
-    return square * (row[2].double() / row[3].double()) ** 2
-
-
-def _square_norm(g: Tensor, row: Tensor) -> Tensor:
-    """The float64 sum of squares of the scaled, value-clipped gradient; 0-d."""
-    clipped = torch.clamp(g * row[0], -row[1], row[1]).double().flatten()
-    return torch.dot(clipped, clipped)
-
-
-def _set_global_scale(factors: Sequence[Tensor], squares: Sequence[Tensor], clip: float) -> None:
-    """Set each row's scale to clip * min(1 / G, 1 / clip) in its dtype; NaN where the global norm G is not finite."""
-    norm = op.sqrt(torch.stack([s.to(squares[0].device) for s in squares]).sum())
-    for row in factors:
-        bound = torch.tensor(clip, dtype=row.dtype, device=row.device)
-        g = norm.to(row)
-        row[4] = bound * torch.minimum(1 / g, 1 / bound) + (g - g)
 
 
 def launch_factors(update: Update, rows: Sequence[Tensor | None]) -> Tensor | None:

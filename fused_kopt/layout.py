@@ -61,6 +61,13 @@ def clone(tensor: Tensor, stride: Sequence[int]) -> Tensor:
     return torch.empty_strided(tensor.size(), tuple(stride), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
+def memory_order(tensor: Tensor) -> Tensor:
+    """A tensor's elements as they lie in memory, 1-D: a view where it is dense, else a copy in row-major order."""
+    if same_layout(tensor.shape, dense_stride(tensor), tensor.stride()):
+        return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.reshape(-1)
+
+
 def plan(variables: Iterable[Tensor], offset: int = 0) -> list[Segment]:
     """Segments for variables, one after another from `offset` (elements, a multiple of ALIGNMENT)."""
     segments = []
@@ -71,8 +78,8 @@ def plan(variables: Iterable[Tensor], offset: int = 0) -> list[Segment]:
     return segments
 
 
-def blocks(segments: Sequence[Segment], block: int) -> Any:
-    """The block table, int32 [grid, 2]: (segment, block of it) for every program of a launch; empty segments have none."""
-    counts = np.array([-(-segment.numel // block) for segment in segments], dtype=np.int64)
-    index = np.repeat(np.arange(len(segments)), counts)
-    return np.stack([index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)], axis=1).astype(np.int32)
+def blocks(counts: Any, block: int) -> Any:
+    """The block table of segments of so many elements, int32 [grid, 2]: (segment, block of it) for every program of a launch."""
+    each = -(-np.asarray(counts, dtype=np.int64) // block)
+    index = np.repeat(np.arange(len(each)), each)
+    return np.stack([index, np.arange(len(index)) - np.repeat(np.cumsum(each) - each, each)], axis=1).astype(np.int32)

@@ -129,3 +129,9 @@ class Written:
         span = interval(tensor)
         before = bisect_right(self.starts, span.end - 1)
         return tensor.numel() > 0 and before > 0 and self.ends[before - 1] > span.start
+
+    def touches_any(self, starts: Any, ends: Any) -> bool:
+        """The same for many at once: int64 arrays of first addresses and of one past the last."""
+        before = np.searchsorted(self.starts, ends - 1, side="right")
+        highest = np.array([0, *self.ends])[before]
+        return bool(((highest > starts) & (ends > starts)).any())

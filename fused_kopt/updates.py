@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fused_kopt import execute, gradients, layout, prepare, tensors
+from fused_kopt import clipping, execute, gradients, layout, prepare, tensors
 from fused_kopt.buffers import Bucket
 from fused_kopt.execute import Chosen, Rule, Update
 from fused_kopt.layout import clone
@@ -64,7 +64,7 @@ def rounds(entries: Sequence[Entry], state: State) -> Iterator[list[Entry]]:
             seen.add(id(entry.variable))
         if later:
             written = _written(now, state)
-            later = [replace(e, gradient=e.gradient.clone()) if written.touches(gradients.values(e.gradient)) else e for e in later]
+            later = [replace(e, gradient=e.gradient.clone()) if written.touches(clipping.values(e.gradient)) else e for e in later]
         yield now
         left = later
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_kopt import execute
+from fused_kopt import execute, norms
 from fused_kopt.buffers import Bucket
 from fused_kopt.errors import FusedMismatchError
 from fused_kopt.execute import Chosen, Executor, Rule, Update
@@ -155,11 +155,40 @@ def proven(update: Update, executor: Chosen, requested: Executor) -> Chosen:
     for dtype in {g.dtype for g in update.gradients if g is not None}:
         key = (bucket.device, bucket.dtype, dtype, update.names, update.factors is not None)
         reason = _known_answer(update.rule, key, type(update.scalars), update.exact, executor)
-        if reason is not None and requested == executor:
-            raise RuntimeError(f"executor={executor!r} is not usable on {bucket.device}: {reason} Use executor='auto' or 'reference'.")
-        if reason is not None:
-            execute.warn_fallback(reason)
+        if _usable(reason, bucket.device, executor, requested) == "reference":
             return "reference"
+    return executor
+
+
+@functools.cache
+def _known_norms(dtypes: tuple[torch.dtype, torch.dtype], device: torch.device, executor: Chosen) -> str | None:
+    """Why the kernels of square norms cannot be trusted, or None: full blocks, tails, scaled and clipped."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    gradients = [torch.randn(n, generator=generator, device="cpu").to(device, dtypes[1]) for n in (KNOWN, 1, norms.BLOCK, 5)]
+    row = torch.tensor((0.5, 0.75, 1.0, 1.0, 1.0), dtype=dtypes[0], device=device)
+    addresses = np.array([g.data_ptr() for g in gradients])
+    try:
+        found = norms.Norms([g.numel() for g in gradients], dtypes, device).squares(addresses, row, executor)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"its norm kernel does not build or run: {error!r}"
+    return None if torch.equal(found, norms.reference(gradients, row)) else "its norm kernel fails the known-answer test."
+
+
+def proven_norms(dtypes: tuple[torch.dtype, torch.dtype], device: torch.device, executor: Chosen, requested: Executor) -> Chosen:
+    """`proven` for the square norms of gradients of `dtypes[1]`, computed in `dtypes[0]`."""
+    if executor == "reference" or (executor == "triton" and device.type == "cpu"):
+        return executor
+    return _usable(_known_norms(dtypes, device, executor), device, executor, requested)
+
+
+def _usable(reason: str | None, device: torch.device, executor: Chosen, requested: Executor) -> Chosen:
+    if reason is not None and requested == executor:
+        raise RuntimeError(f"executor={executor!r} is not usable on {device}: {reason} Use executor='auto' or 'reference'.")
+    if reason is not None:
+        execute.warn_fallback(reason)
+        return "reference"
     return executor
 
 

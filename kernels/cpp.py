@@ -17,7 +17,7 @@ BLOCK = 8192
 
 TYPES = {torch.float32: "float", torch.float64: "double", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
-_TEMPLATE = """
+_HEAD = """
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -63,7 +63,9 @@ template <> struct Codec<float16> {
     }
 };
 
-static void block(V* __restrict variable, const G* __restrict gradient, @PARAMETERS@int64_t count, const C* f, const C* s) {
+"""
+
+_UPDATE = """static void block(V* __restrict variable, const G* __restrict gradient, @PARAMETERS@int64_t count, const C* f, const C* s) {
 @CONSTANTS@
     #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
@@ -86,6 +88,52 @@ extern "C" void update(const Segment* segments, const int32_t* blocks, int64_t g
 """
 
 
+# The order of the sums is that of `fused_kopt.norms`; zeros beyond the next power of two are left out, they change nothing.
+_NORMS = """
+static double summed(double* __restrict s, int64_t count) {
+    int64_t length = 1;
+    while (length < count) length *= 2;
+    for (int64_t i = count; i < length; ++i) s[i] = 0;
+    for (; length > 1024; length /= 2) {
+        #pragma omp simd
+        for (int64_t i = 0; i < length / 2; ++i) s[i] += s[i + length / 2];
+    }
+    for (; length > 1; length /= 2)
+        for (int64_t i = 0; i < length / 2; ++i) s[i] = s[2 * i] + s[2 * i + 1];
+    return s[0];
+}
+
+static double block(const G* __restrict gradient, int64_t count, const C* f) {
+@CONSTANTS@
+    double squares[@BLOCK@];
+    #pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+@BODY@
+    }
+    return summed(squares, count);
+}
+
+extern "C" void square_norms(const Segment* segments, const int32_t* blocks, int64_t grid, const C* factors, double* sums,
+                             int32_t threads) {
+    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < grid; ++i) {
+        const Segment& row = segments[blocks[2 * i]];
+        const int64_t start = blocks[2 * i + 1] * int64_t(@BLOCK@), left = row.numel - start;
+        sums[i] = left > 0 ? block((const G*)row.gradient + start, left < @BLOCK@ ? left : @BLOCK@, factors) : 0;
+    }
+}
+
+extern "C" void fold(const double* values, const int64_t* starts, int64_t count, double* sums) {
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t length = starts[i + 1] - starts[i], lanes = length < 1024 ? length : 1024;
+        double total[1024] = {0};
+        for (int64_t k = 0; k < length; ++k) total[k % 1024] += values[starts[i] + k];
+        sums[i] = lanes ? summed(total, lanes) : 0;
+    }
+}
+"""
+
+
 @functools.cache
 def traced(function: types.FunctionType) -> Callable[..., Any]:
     """The rule as a function of `Value`s: its `op` is the C++ twin, in the functions it calls too."""
@@ -98,26 +146,44 @@ def traced(function: types.FunctionType) -> Callable[..., Any]:
     return rebind(function, replace)
 
 
-def source(rule: Any, prepare: Any, scalars: Any, slots: int, dtypes: tuple[torch.dtype, torch.dtype]) -> str:
-    """The kernel's C++. dtypes: of the variable and of the gradient; scalars: the NamedTuple class of the step's scalars."""
+def _filled(template: str, body: list[str], dtypes: tuple[torch.dtype, torch.dtype], parts: dict[str, str]) -> str:
+    """A template with its types, the statements of its loop, and the constants that these use."""
+    used = set(re.findall(r"\b[fs]\d+\b", "\n".join(body)))  # `keep` reads no factors, and none may be there
+    parts |= {
+        "C": "double" if dtypes[0] == torch.float64 else "float",
+        "V": TYPES[dtypes[0]],
+        "G": TYPES[dtypes[1]],
+        "CONSTANTS": "\n".join(f"    const C {name} = {name[0]}[{name[1:]}];" for name in sorted(used)),
+        "BODY": "\n".join(f"        {line}" for line in body),
+    }
+    return functools.reduce(lambda text, part: text.replace(f"@{part[0]}@", part[1]), parts.items(), _HEAD + template)
+
+
+def _factors(body: list[str]) -> tuple[Value, ...]:
+    return tuple(Value(f"f{k}", body) for k in range(5))
+
+
+def update_source(rule: Any, prepare: Any, scalars: Any, slots: int, dtypes: tuple[torch.dtype, torch.dtype]) -> str:
+    """The update's C++. dtypes: of the variable and of the gradient; scalars: the NamedTuple class of the step's scalars."""
     body: list[str] = []
     load = Value("", body).new
     p, g = load("Codec<V>::decode(variable[i])"), load("Codec<G>::decode(gradient[i])")
     values = tuple(load(f"slot{k}[i]") for k in range(slots))
     s = scalars(*(Value(f"s{k}", body) for k in range(len(scalars._fields))))
-    new, values = traced(rule)(p, traced(prepare)(g, tuple(Value(f"f{k}", body) for k in range(5))), values, s)
+    new, values = traced(rule)(p, traced(prepare)(g, _factors(body)), values, s)
     body.append(f"variable[i] = Codec<V>::encode({cpp_op.text(new)});")
     body += [f"slot{k}[i] = {cpp_op.text(value)};" for k, value in enumerate(values)]
-    used = set(re.findall(r"\b[fs]\d+\b", "\n".join(body)))  # `keep` reads no factors, and none may be there
-    constants = [f"const C {name} = {name[0]}[{name[1:]}];" for name in sorted(used)]
     parts = {
-        "C": "double" if dtypes[0] == torch.float64 else "float",
-        "V": TYPES[dtypes[0]],
-        "G": TYPES[dtypes[1]],
         "BLOCK": str(BLOCK),
         "PARAMETERS": "".join(f"C* __restrict slot{k}, " for k in range(slots)),
         "ARGUMENTS": "".join(f"slots[{k}] + row.offset + start, " for k in range(slots)),
-        "CONSTANTS": "\n".join(f"    {line}" for line in constants),
-        "BODY": "\n".join(f"        {line}" for line in body),
     }
-    return functools.reduce(lambda text, part: text.replace(f"@{part[0]}@", part[1]), parts.items(), _TEMPLATE)
+    return _filled(_UPDATE, body, dtypes, parts)
+
+
+def norm_source(prepare: Any, dtypes: tuple[torch.dtype, torch.dtype], block: int) -> str:
+    """The square norms' C++. dtypes: of the variable and of the gradient; block: elements per sum."""
+    body: list[str] = []
+    value = traced(prepare)(Value("", body).new("Codec<G>::decode(gradient[i])"), _factors(body))
+    body.append(f"squares[i] = double({value.text}) * double({value.text});")
+    return _filled(_NORMS, body, dtypes, {"BLOCK": str(block)})

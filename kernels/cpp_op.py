@@ -58,7 +58,7 @@ class Value:
     def __ne__(self, other: object) -> "Value":  # type: ignore[override]
         return self.new(f"{self.text} != {text(other)}", "bool")
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __bool__(self) -> bool:
         raise TypeError(f"A rule is branch-free: no `if`, `and`, `or` on {self.text!r}. Use op.where.")

@@ -1,6 +1,5 @@
 """Launching the kernel: tables, block sizes, counters, and the choice between the compiler and the interpreter."""
 
-import contextlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 from triton.runtime import driver, interpreter
 
 from fused_kopt.kernels import rules
+from fused_kopt.kernels.norms import fold, square_blocks
 from fused_kopt.kernels.update import update_bucket
 
 # At most so many elements per program in the interpreter, where a program costs about 1 ms and 0.15 us per element.
@@ -34,7 +34,8 @@ _launches = 0
 
 def counters() -> tuple[int, int]:
     """Launches and compilations in this process so far."""
-    return _launches, 0 if INTERPRETED else sum(len(cache[0]) for cache in update_bucket.device_caches.values())
+    kernels = () if INTERPRETED else (update_bucket, square_blocks, fold)
+    return _launches, sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
 
 def interprets(device: torch.device) -> bool:
@@ -136,32 +137,63 @@ def _launch(update: Any, prepare: Any, gradient_dtype: torch.dtype, tables: Tabl
         wrap(update.rule), wrap(prepare), Build(type(update.scalars)) if by_pointer else None,
         TRITON_DTYPE[bucket.dtype], TRITON_DTYPE[gradient_dtype], TRITON_DTYPE[bucket.compute],
     )  # fmt: skip
+    _used_here(*arguments[:3], *update.slots)
     with _counter_lock:
         _launches += 1
     if interpret:
-        _interpret(tables.grid, (*arguments, *constants, _interpreter_block(bucket.segments)))
+        _interpret(update_bucket, tables.grid, (*arguments, *constants, _interpreter_block(bucket.segments)))
     else:
-        _compiled(tables.grid, (*arguments, *constants, block_size(bucket.dtype)), bucket.device)
+        _compiled(update_bucket, tables.grid, arguments, (*constants, block_size(bucket.dtype)))
 
 
 # The compiled kernel per device and constants: Triton's own way to it costs a launch three times as much.
 _kernels: dict[Any, Any] = {}
 
 
-def _compiled(grid: int, arguments: tuple[Any, ...], device: torch.device) -> None:
-    tensors = [*arguments[:3], *arguments[3]]
-    key = (device, len(arguments[3]), type(arguments[4]), *arguments[5:])
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # Triton launches on the current device
-        for tensor in (t for t in tensors if t.is_cuda):
-            tensor.record_stream(torch.cuda.current_stream())  # it may have been made on another stream
+def _compiled(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
+    """Launch a compiled kernel. Pointers among the arguments are tensors, or tuples of tensors."""
+    key = (kernel, arguments[0].device, *((type(a), len(a)) for a in arguments if isinstance(a, tuple)), *constants)
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, whatever its arguments lie on
         if key not in _kernels:
             warps = THREADS // driver.active.get_current_target().warp_size
             # explicit: the default of enable_fp_fusion flips between Triton releases, and with it the bits
-            _kernels[key] = update_bucket.warmup(*arguments, grid=(grid,), num_warps=warps, enable_fp_fusion=False)
-        _kernels[key][(grid, 1, 1)](*arguments)
+            _kernels[key] = kernel.warmup(*arguments, *constants, grid=(grid,), num_warps=warps, enable_fp_fusion=False)
+        _kernels[key][(grid, 1, 1)](*arguments, *constants)
 
 
-def _interpret(grid: int, arguments: tuple[Any, ...]) -> None:
-    kernel = interpreter.InterpretedFunction(rules.interpreted(update_bucket.fn))
+def _interpret(kernel: Any, grid: int, arguments: tuple[Any, ...]) -> None:
+    interpreted = interpreter.InterpretedFunction(rules.interpreted(kernel.fn))
     with _INTERPRETER_LOCK, np.errstate(all="ignore"):
-        kernel[(grid,)](*arguments)
+        interpreted[(grid,)](*arguments)
+
+
+def _used_here(*tensors: Tensor) -> None:
+    """Keep memory from being reused before a launch on this stream has read it: it may have been made on another stream."""
+    for tensor in (t for t in tensors if t.is_cuda):
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
+def square_norms(norms: Any, table: Any, prepare: Any, row: Tensor) -> Tensor:
+    """The square norms (`fused_kopt.norms.Norms`) of a segment table's gradients: one launch that reads them, one that folds."""
+    global _launches
+    if norms.tables is None:
+        norms.tables = Tables(norms.blocks, norms.device), upload(norms.starts, norms.device)
+    tables, starts = norms.tables
+    partial = torch.empty(tables.grid, dtype=torch.float64, device=norms.device)
+    sums = torch.empty(len(norms.starts) - 1, dtype=torch.float64, device=norms.device)
+    interpret = interprets(norms.device)
+    prepared = (rules.interpreted if interpret else rules.compiled)(prepare)
+    constants = (prepared, TRITON_DTYPE[norms.dtypes[1]], TRITON_DTYPE[row.dtype], norms.BLOCK // 8)
+    segments = tables.segments(table, norms.dtypes[1])
+    _used_here(segments, tables.blocks, starts)
+    with _counter_lock:
+        _launches += 2
+    for kernel, grid, arguments, fixed in (
+        (square_blocks, tables.grid, (segments, tables.blocks, row, partial), constants),
+        (fold, len(sums), (partial, starts, sums), (norms.LANES,)),
+    ):
+        if interpret:
+            _interpret(kernel, grid, (*arguments, *fixed))
+        else:
+            _compiled(kernel, grid, arguments, fixed)
+    return sums

@@ -99,7 +99,9 @@ def far_blocks() -> None:
     near.update.factors = torch.tensor([[1.0, float("inf"), 1.0, 1.0, 1.0]])
     moved = SimpleNamespace(**vars(near.update) | {"bucket": bucket, "slots": near.update.slots})
     moved.variables, moved.gradients = ([far(t[0])] for t in (near.update.variables, near.update.gradients))
-    moved.blocks = lambda size: [(0, first + i) for i in range(3)]
+    moved.blocks = lambda size: np.array([(0, first + i) for i in range(3)], dtype=np.int32)
+    addresses = (moved.variables[0].data_ptr(), moved.gradients[0].data_ptr(), segment.numel, segment.offset)
+    moved.segment_tables = lambda: {torch.float32: np.array([addresses])}
     expected = near.update.copy()
     execute.run(expected, "reference")
     with small_blocks(block):
@@ -120,10 +122,11 @@ def test_B27_a_grid_of_any_size_is_one_dimensional(monkeypatch: pytest.MonkeyPat
     bucket = Bucket(torch.device("cpu"), torch.float32)
     bucket.adopt(*bucket.grown(variables, [Slot("momentum")]))
     grids: list[Any] = []
-    monkeypatch.setattr(launch, "_interpret", lambda grid, *rest: grids.append(grid))
-    execute.run(Update(bucket, list(variables), list(variables), ("momentum",), momentum, Scalars(0.0, 0.0)), "triton")
+    monkeypatch.setattr(launch, "_interpret", lambda kernel, grid, *rest: grids.append(grid))
+    update = Update(bucket, list(variables), list(variables), ("momentum",), momentum, Scalars(0.0, 0.0))
+    execute.run(update, "triton")
     assert grids == [70_000]
-    assert layout.blocks(bucket.segments, 1024) == [(i, 0) for i in range(70_000)]
+    assert update.blocks(1024).tolist() == [[i, 0] for i in range(70_000)]
 
 
 def test_B28_every_combination_of_critical_sizes(slow: bool) -> None:

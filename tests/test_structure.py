@@ -31,8 +31,13 @@ LAYERS = (
     ("aggregate", "errors", "layout", "op", "optimizers.schedules", "slots", "tape", "tensors"),
     ("buffers", "prepare"),
     ("execute", "state"),
-    ("gradients", "hyperparameters", "verification"),
-    ("contract", "updates"),
+    ("gradients", "hyperparameters", "norms"),
+    ("verification",),
+    ("clipping",),
+    ("updates",),
+    ("repeat",),
+    ("contract",),
+    ("engine",),
     ("optimizer",),
     tuple(
         f"optimizers.{name}" for name in ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", "registry", "rmsprop", "sgd")
@@ -43,7 +48,7 @@ LAYERS = (
     ("cli",),
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-KERNEL_LAYERS = (("cpp_build", "cpp_op", "op", "rebind", "update"), ("cpp", "rules"), ("cpp_launch", "launch"))
+KERNEL_LAYERS = (("cpp_build", "cpp_op", "op", "rebind", "update"), ("cpp", "norms", "rules"), ("cpp_launch", "launch"))
 KERNEL_LEVEL = {f"kernels.{name}": level for level, layer in enumerate(KERNEL_LAYERS) for name in layer}
 
 # Imports inside functions, each for its reason.

@@ -1,0 +1,126 @@
+"""Keras's gradient scaling and clipping, as five factors per gradient that the launch applies (`fused_kopt.prepare`)."""
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_kopt import layout, norms, op, verification
+from fused_kopt.execute import Chosen, Executor
+from fused_kopt.prepare import NEUTRAL_FACTORS
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
+
+class Clips(NamedTuple):
+    """What happens to every gradient before the rule, in this order. Limits are >= 0 or None."""
+
+    grad_scale: Any
+    clipvalue: float | None
+    clipnorm: float | None
+    global_clipnorm: float | None
+
+    @property
+    def neutral(self) -> bool:
+        """Whether gradients stay as they are. Raises TypeError for a grad_scale that is no number."""
+        if not isinstance(self.grad_scale, Real):
+            raise TypeError(f"`grad_scale` must be a real number. Received: grad_scale={self.grad_scale!r}.")
+        return self.grad_scale == 1.0 and self.clipvalue is None and not self.by_norm
+
+    @property
+    def by_norm(self) -> bool:
+        """Whether norms are needed."""
+        return self.clipnorm is not None or self.global_clipnorm is not None
+
+    def row(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The factors that do not depend on a norm: compute dtype [5]."""
+        bound = NEUTRAL_FACTORS[1] if self.clipvalue is None else self.clipvalue
+        return torch.tensor((self.grad_scale, bound, *NEUTRAL_FACTORS[2:]), dtype=dtype, device=device)
+
+
+class Group:
+    """The gradients of a step that lie on one device and share their dtype and their variables' compute dtype."""
+
+    def __init__(self, pairs: Pairs, positions: Sequence[int]) -> None:
+        self.positions = list(positions)
+        gradient, variable = pairs[positions[0]]
+        self.device, self.compute = variable.device, layout.compute_dtype(variable.dtype)
+        counts = [values(pairs[p][0]).numel() for p in positions]
+        self.norms = norms.Norms(counts, (self.compute, gradient.dtype), self.device)
+        self._rows: dict[Clips, Tensor] = {}
+
+    def row(self, clips: Clips) -> Tensor:
+        """`clips.row`, uploaded once."""
+        if clips not in self._rows:
+            self._rows = {clips: clips.row(self.compute, self.device)}
+        return self._rows[clips]
+
+
+def values(gradient: Tensor) -> Tensor:
+    """The stored elements: all of a dense gradient, the rows of a sparse one before duplicates are merged."""
+    return gradient._values() if gradient.layout == torch.sparse_coo else gradient
+
+
+def groups(pairs: Pairs) -> list[Group]:
+    """The pairs' groups, in order of first appearance."""
+    found: dict[Any, list[int]] = {}
+    for position, (gradient, variable) in enumerate(pairs):
+        found.setdefault((variable.device, layout.compute_dtype(variable.dtype), gradient.dtype), []).append(position)
+    return [Group(pairs, positions) for positions in found.values()]
+
+
+def factors(groups: Sequence[Group], clips: Clips, squares: Sequence[Tensor] | None) -> list[Tensor]:
+    """Per group the factors of its gradients, compute dtype [n, 5]. squares: per group float64 [n], where clips go by norm."""
+    tables = [group.row(clips).expand(len(group.positions), 5) for group in groups]
+    if squares is None:
+        return tables
+    tables = [table.clone() for table in tables]
+    if clips.clipnorm is not None:
+        squares = [_clip_each(table, square, clips.clipnorm) for table, square in zip(tables, squares, strict=True)]
+    if clips.global_clipnorm is not None:
+        _clip_all(tables, squares, clips.global_clipnorm)
+    return tables
+
+
+def _clip_each(table: Tensor, squares: Tensor, clip: float) -> Tensor:
+    """Set multipliers and divisors: g * clip / max(norm, clip). Returns the square norms after it."""
+    table[:, 2] = clip
+    table[:, 3] = torch.maximum(op.sqrt(squares).to(table.dtype), table[:, 2])
+    return squares * (table[:, 2].double() / table[:, 3].double()) ** 2
+
+
+def _clip_all(tables: Sequence[Tensor], squares: Sequence[Tensor], clip: float) -> None:
+    """Set every scale to clip * min(1 / G, 1 / clip) in its dtype; NaN where the global norm G is not finite."""
+    norm = op.sqrt(norms.fold(torch.cat([s.to(squares[0].device) for s in squares])))
+    for table in tables:
+        bound = torch.full((), clip, dtype=table.dtype, device=table.device)
+        g = norm.to(bound)
+        table[:, 4] = bound * torch.minimum(1 / g, 1 / bound) + (g - g)
+
+
+def rows(pairs: Pairs, clips: Clips, executors: Mapping[torch.device, Chosen], requested: Executor) -> list[Tensor | None]:
+    """Per pair its factors, compute dtype [5]; None where they are neutral.
+
+    Squares are summed in float64 (`fused_kopt.norms`); TensorFlow sums in the variable's dtype, and the last bits of a norm
+    can differ.
+    """
+    found: list[Tensor | None] = [None] * len(pairs)
+    if clips.neutral:
+        return found
+    parts = groups(pairs)
+    squares = [_squares(group, pairs, clips, executors[group.device], requested) for group in parts] if clips.by_norm else None
+    for group, table in zip(parts, factors(parts, clips, squares), strict=True):
+        for position, row in zip(group.positions, table.unbind(), strict=True):
+            found[position] = row
+    return found
+
+
+def _squares(group: Group, pairs: Pairs, clips: Clips, executor: Chosen, requested: Executor) -> Tensor:
+    flat = [layout.memory_order(values(pairs[position][0])) for position in group.positions]
+    executor = verification.proven_norms(group.norms.dtypes, group.device, executor, requested)
+    if executor == "reference":
+        return norms.reference(flat, group.row(clips))
+    return group.norms.squares(np.array([g.data_ptr() for g in flat], dtype=np.int64), group.row(clips), executor)

@@ -1,0 +1,191 @@
+"""A step's course: what Optimizer's public methods call. From pairs to launches, their repetition, and the commit."""
+
+import contextlib
+import copy
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kopt import aggregate, clipping, execute, gradients, hyperparameters, slots, updates, verification
+from fused_kopt.buffers import Bucket
+from fused_kopt.clipping import Clips
+from fused_kopt.contract import Contract
+from fused_kopt.errors import StaleVariableError, TornStepError
+from fused_kopt.execute import Chosen, Executor, Rule
+from fused_kopt.hyperparameters import Step
+from fused_kopt.updates import Entry, Launch, Recipe, SparseRows
+
+
+class Prepared(NamedTuple):
+    """A step, worked out but not begun."""
+
+    entries: list[Entry]
+    variables: list[Tensor]  # distinct, in order of first appearance
+    recipes: dict[tuple[torch.device, torch.dtype], Recipe]
+    executors: dict[torch.device, Chosen]
+    steps: dict[torch.dtype, Step]
+
+
+class Engine(Contract):
+    """The part of Optimizer that takes steps. A subclass declares slots, scalars and a rule."""
+
+    sparse_rows: ClassVar[SparseRows] = "touched"
+    exact: ClassVar[bool] = True  # False where the rule has a general power, in which executors differ by up to 2 ulp
+
+    @abstractmethod
+    def rule(self) -> Rule:
+        """The update rule of this configuration: a module-level function."""
+
+    def sparse_rule(self, rank: int) -> Rule:
+        """The rule for sparse gradients of a variable of `rank` dimensions, where Keras's operation order differs there."""
+        return self.rule()
+
+    @abstractmethod
+    def scalars(self, step: Step) -> Sequence[Any]:
+        """A NamedTuple of the step's scalars, computed in `step.dtype`."""
+
+    def _rate(self, step: Step) -> Any:
+        """This step's learning rate: schedule or value, divided by 1 + decay * iterations."""
+        return step.learning_rate(self.learning_rate, self._initial_decay)
+
+    def _new_weights(self, variables: Sequence[Tensor]) -> list[Tensor]:
+        """Weights besides the slots that the first step creates, before them (Nadam's momentum cache)."""
+        return []
+
+    def _commit(self, steps: Mapping[torch.dtype, Step]) -> None:
+        """Called once after all launches of a step, before `iterations` grows; `steps` by compute dtype."""
+
+    @contextlib.contextmanager
+    def _one_step(self) -> Iterator[None]:
+        with self._lock, torch.inference_mode(False):
+            if self._stepping:
+                raise RuntimeError("re-entrant apply_gradients: something called it during a step of the same optimizer.")
+            if self._torn:
+                raise TornStepError("An earlier step was interrupted between launches. Restore the variables, then call set_weights().")
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("A step in a CUDA graph would replay this step's scalars for ever. Call it outside the capture.")
+            self._stepping = True
+            try:
+                yield
+            finally:
+                self._stepping = False
+
+    def _check_known(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for position, (_, variable) in enumerate(pairs):
+            was = self._state.built_as(variable)
+            now = (tuple(variable.shape), variable.dtype, variable.device)
+            if was not in (None, now):
+                what = gradients.name(variable, position)
+                raise StaleVariableError(f"{what} was {was} when its slots were made and is {now} now. Use a new optimizer for it.")
+
+    def _transform(self, pairs: list[tuple[Tensor, Tensor]], aggregated: bool) -> list[tuple[Tensor, Tensor]]:
+        """Aggregation, then the transformers; what they return is checked like what the caller passed."""
+        given: Iterable[Any] = pairs
+        for transform in [self._aggregator] * aggregated + self._transformers:
+            given = transform(given)
+        if given is pairs:
+            return pairs
+        pairs = gradients.check(gradients.present(given))
+        self._check_known(pairs)
+        return pairs
+
+    def _apply(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        with hyperparameters.restored_on_error(self):
+            prepared = self._prepare(pairs)
+            verifying = self._verifying()
+            self._begin(prepared.variables)
+        for number, launches in enumerate(self._rounds(prepared)):
+            jobs = [(launch.update, prepared.executors[launch.update.bucket.device]) for launch in launches]
+            jobs = [(update, verification.proven(update, executor, self._executor)) for update, executor in jobs]
+            if verifying:
+                verification.check(jobs, "Earlier gradients of this call were applied." if self._torn else "Nothing was written.")
+            self._torn = True
+            chosen = [executor for _, executor in jobs]
+            updates.run(launches, chosen)
+            if not number:
+                self._repeats.learn(pairs, launches, chosen, self._executor)
+        return self._finish(prepared.variables, prepared.steps)
+
+    def _again(self, flat: Sequence[Any], aggregated: bool) -> Tensor | None:
+        """The step by the launches of an earlier one; None, and nothing done, where it is not like one."""
+        if (
+            self._transformers
+            or self._verifying()
+            or (aggregated and (self._aggregator is not aggregate.all_reduce_sum or aggregate.replicated()))
+        ):
+            return None
+        repeat = self._repeats.find(flat, self._executor)
+        if repeat is None:
+            return None
+        steps: dict[torch.dtype, Step] = {}
+        recipes = [self._recipe((update.bucket.device, update.bucket.dtype), steps) for update in repeat.updates]
+        if not repeat.runs(recipes, self._clipping()):
+            return None
+        self._torn = True
+        for update, executor in zip(repeat.updates, repeat.chosen, strict=True):
+            execute.run(update, executor)
+        return self._finish(repeat.variables, steps)
+
+    def _verifying(self) -> bool:
+        return bool(self.verify_every) and (self._state.steps_taken() + 1) % self.verify_every == 0
+
+    def _finish(self, variables: Sequence[Tensor], steps: Mapping[torch.dtype, Step]) -> Tensor:
+        torch.autograd.graph.increment_version(variables)
+        self._commit(steps)
+        self.iterations.add_(1)
+        self._torn = False
+        return self.iterations
+
+    def _compare(self, pairs: Sequence[tuple[Any, Tensor]], executor: Executor, aggregated: bool) -> list[verification.Comparison]:
+        """What `fused_kopt.verify` reports: this step's launches on a copy of the optimizer and the variables."""
+        memo: dict[int, Any] = {}
+        with self._one_step():
+            checked = gradients.check(gradients.present(pairs))
+            self._check_known(checked)
+            twin = copy.deepcopy(self, memo)
+        checked = [(g, copy.deepcopy(v, memo)) for g, v in checked]
+        prepared = twin._prepare(twin._transform(checked, aggregated))
+        twin._begin(prepared.variables)
+        found = []
+        for launches in twin._rounds(prepared):
+            for launch in launches:
+                chosen = execute.choose(executor, launch.update.bucket.device, launch.update.bucket.segments[-1].end)
+                found += verification.compare_updates(launch.update, chosen)
+            updates.run(launches, ["reference"] * len(launches))
+        return found
+
+    def _prepare(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Prepared:
+        """All that a step needs to know before anything is created."""
+        variables = list({id(v): v for _, v in pairs}.values())
+        steps: dict[torch.dtype, Step] = {}
+        recipes = {key: self._recipe(key, steps) for key in dict.fromkeys((v.device, v.dtype) for v in variables)}
+        executors = {device: execute.choose(self._executor, device, sum(v.numel() for v in variables)) for device, _ in recipes}
+        rows = clipping.rows(pairs, self._clipping(), executors, self._executor)
+        entries = [Entry(g, v, row) for (g, v), row in zip(pairs, rows, strict=True)]
+        return Prepared(entries, variables, recipes, executors, steps)
+
+    def _clipping(self) -> Clips:
+        return Clips(self.grad_scale, self.clipvalue, self.clipnorm, self.global_clipnorm)
+
+    def _rounds(self, prepared: Prepared) -> Iterator[list[Launch]]:
+        with torch.no_grad():
+            for entries in updates.rounds(prepared.entries, self._state):
+                yield updates.plan(entries, self._state, lambda bucket: prepared.recipes[(bucket.device, bucket.dtype)])
+
+    def _recipe(self, key: tuple[torch.device, torch.dtype], steps: dict[torch.dtype, Step]) -> Recipe:
+        hyperparameters.create(self)
+        compute = Bucket(*key).compute
+        step = steps[compute] = Step(self._state.steps_taken(), compute)
+        with hyperparameters.ieee():
+            scalars = self.scalars(step)
+        floats = type(scalars)(*(float(x) for x in scalars))
+        return Recipe(slots.flatten(self.slot_groups()), self.rule(), self.sparse_rule, self.sparse_rows, floats, self.exact)
+
+    def _begin(self, variables: Sequence[Tensor]) -> None:
+        """Create what the first step creates: hyperparameters, iterations, slots."""
+        weights = self._new_weights(variables)
+        hyperparameters.create(self)
+        self._state.ensure(variables, self.slot_groups(), weights, counted=True)
