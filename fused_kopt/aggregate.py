@@ -35,6 +35,14 @@ def all_reduce_sum(pairs: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Ten
     return summed
 
 
+def all_reduce_flat(buffers: Sequence[Tensor]) -> None:
+    """Sum flat gradients over the ranks in place: one collective per buffer. Raises what `all_reduce_sum` raises."""
+    for position, buffer in enumerate(buffers):
+        _check(buffer, position)
+    for buffer in buffers:
+        dist.all_reduce(buffer)
+
+
 def _check(gradient: Tensor, position: int) -> None:
     mend = "Reduce it yourself and pass experimental_aggregate_gradients=False."
     if dist.get_rank() < 0:

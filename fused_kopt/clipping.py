@@ -50,13 +50,13 @@ class Group:
         self.device, self.compute = variable.device, layout.compute_dtype(variable.dtype)
         counts = [values(pairs[p][0]).numel() for p in positions]
         self.norms = norms.Norms(counts, (self.compute, gradient.dtype), self.device)
-        self._rows: dict[Clips, Tensor] = {}
+        self._tables: dict[Clips, Tensor] = {}
 
-    def row(self, clips: Clips) -> Tensor:
-        """`clips.row`, uploaded once."""
-        if clips not in self._rows:
-            self._rows = {clips: clips.row(self.compute, self.device)}
-        return self._rows[clips]
+    def table(self, clips: Clips) -> Tensor:
+        """`clips.row` for every gradient, compute dtype [n, 5], uploaded once. Not to be written."""
+        if clips not in self._tables:
+            self._tables = {clips: clips.row(self.compute, self.device).repeat(len(self.positions), 1)}
+        return self._tables[clips]
 
 
 def values(gradient: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def groups(pairs: Pairs) -> list[Group]:
 
 def factors(groups: Sequence[Group], clips: Clips, squares: Sequence[Tensor] | None) -> list[Tensor]:
     """Per group the factors of its gradients, compute dtype [n, 5]. squares: per group float64 [n], where clips go by norm."""
-    tables = [group.row(clips).expand(len(group.positions), 5) for group in groups]
+    tables = [group.table(clips) for group in groups]
     if squares is None:
         return tables
     tables = [table.clone() for table in tables]
@@ -122,5 +122,5 @@ def _squares(group: Group, pairs: Pairs, clips: Clips, executor: Chosen, request
     flat = [layout.memory_order(values(pairs[position][0])) for position in group.positions]
     executor = verification.proven_norms(group.norms.dtypes, group.device, executor, requested)
     if executor == "reference":
-        return norms.reference(flat, group.row(clips))
-    return group.norms.squares(np.array([g.data_ptr() for g in flat], dtype=np.int64), group.row(clips), executor)
+        return norms.reference(flat, group.table(clips)[0])
+    return group.norms.squares(np.array([g.data_ptr() for g in flat], dtype=np.int64), group.table(clips)[0], executor)

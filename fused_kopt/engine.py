@@ -9,12 +9,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kopt import aggregate, clipping, execute, gradients, hyperparameters, slots, updates, verification
-from fused_kopt.buffers import Bucket
+from fused_kopt import aggregate, clipping, execute, gradients, hyperparameters, layout, slots, updates, verification
 from fused_kopt.clipping import Clips
 from fused_kopt.contract import Contract
 from fused_kopt.errors import StaleVariableError, TornStepError
 from fused_kopt.execute import Chosen, Executor, Rule
+from fused_kopt.flat import Flat
 from fused_kopt.hyperparameters import Step
 from fused_kopt.updates import Entry, Launch, Recipe, SparseRows
 
@@ -60,12 +60,12 @@ class Engine(Contract):
 
     @contextlib.contextmanager
     def _one_step(self) -> Iterator[None]:
-        with self._lock, torch.inference_mode(False):
+        with self._lock, torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
             if self._stepping:
                 raise RuntimeError("re-entrant apply_gradients: something called it during a step of the same optimizer.")
             if self._torn:
                 raise TornStepError("An earlier step was interrupted between launches. Restore the variables, then call set_weights().")
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
                 raise RuntimeError("A step in a CUDA graph would replay this step's scalars for ever. Call it outside the capture.")
             self._stepping = True
             try:
@@ -92,6 +92,27 @@ class Engine(Contract):
         self._check_known(pairs)
         return pairs
 
+    def _apply_flat(self, flat: Flat, aggregated: bool) -> Tensor | None:
+        if aggregated and self._aggregator is aggregate.all_reduce_sum and aggregate.replicated():
+            flat.gather()  # every rank must call the same collectives, whatever gradients it has
+            aggregate.all_reduce_flat([buffer.gradients for buffer in flat.buffers])
+            aggregated = False
+        done = self._again(flat, aggregated)
+        if done is None:
+            done = self._apply_pairs(list(flat), aggregated)
+            self._repeats.remember(flat)
+        flat.stepped()
+        return done
+
+    def _apply_pairs(self, given: Iterable[Any], aggregated: bool) -> Tensor | None:
+        pairs = gradients.check(gradients.present(given))
+        self._check_known(pairs)
+        pairs = self._transform(pairs, aggregated) if pairs else pairs
+        if not pairs:
+            self._begin([])
+            return None
+        return self._apply(pairs)
+
     def _apply(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         with hyperparameters.restored_on_error(self):
             prepared = self._prepare(pairs)
@@ -109,24 +130,26 @@ class Engine(Contract):
                 self._repeats.learn(pairs, launches, chosen, self._executor)
         return self._finish(prepared.variables, prepared.steps)
 
-    def _again(self, flat: Sequence[Any], aggregated: bool) -> Tensor | None:
-        """The step by the launches of an earlier one; None, and nothing done, where it is not like one."""
+    def _again(self, given: Flat | Sequence[Any], aggregated: bool) -> Tensor | None:
+        """The step by the launches of an earlier one; None, and nothing done, where it is not like one.
+
+        given: a Flat, or gradients and variables in turn.
+        """
         if (
             self._transformers
             or self._verifying()
             or (aggregated and (self._aggregator is not aggregate.all_reduce_sum or aggregate.replicated()))
         ):
             return None
-        repeat = self._repeats.find(flat, self._executor)
-        if repeat is None:
+        clips = self._clipping()
+        repeat = self._repeats.of(given, clips, self._executor) if isinstance(given, Flat) else self._repeats.find(given, self._executor)
+        if repeat is None or not repeat.applies(self.rule(), clips):
             return None
         steps: dict[torch.dtype, Step] = {}
-        recipes = [self._recipe((update.bucket.device, update.bucket.dtype), steps) for update in repeat.updates]
-        if not repeat.runs(recipes, self._clipping()):
-            return None
+        scalars = {compute: self._scalars(compute, steps) for compute in repeat.computes}
+        repeat.clip(clips)
         self._torn = True
-        for update, executor in zip(repeat.updates, repeat.chosen, strict=True):
-            execute.run(update, executor)
+        repeat.run(scalars)
         return self._finish(repeat.variables, steps)
 
     def _verifying(self) -> bool:
@@ -135,7 +158,7 @@ class Engine(Contract):
     def _finish(self, variables: Sequence[Tensor], steps: Mapping[torch.dtype, Step]) -> Tensor:
         torch.autograd.graph.increment_version(variables)
         self._commit(steps)
-        self.iterations.add_(1)
+        self._state.count()
         self._torn = False
         return self.iterations
 
@@ -177,12 +200,16 @@ class Engine(Contract):
 
     def _recipe(self, key: tuple[torch.device, torch.dtype], steps: dict[torch.dtype, Step]) -> Recipe:
         hyperparameters.create(self)
-        compute = Bucket(*key).compute
+        scalars = self._scalars(layout.compute_dtype(key[1]), steps)
+        return Recipe(slots.flatten(self.slot_groups()), self.rule(), self.sparse_rule, self.sparse_rows, scalars, self.exact)
+
+    def _scalars(self, compute: torch.dtype, steps: dict[torch.dtype, Step]) -> Sequence[float]:
+        """This step's scalars in a compute dtype, as Python floats; `steps` receives what they were derived in."""
         step = steps[compute] = Step(self._state.steps_taken(), compute)
         with hyperparameters.ieee():
-            scalars = self.scalars(step)
-        floats = type(scalars)(*(float(x) for x in scalars))
-        return Recipe(slots.flatten(self.slot_groups()), self.rule(), self.sparse_rule, self.sparse_rows, floats, self.exact)
+            scalars: Any = self.scalars(step)
+        floats: Sequence[float] = scalars._make(map(float, scalars))
+        return floats
 
     def _begin(self, variables: Sequence[Tensor]) -> None:
         """Create what the first step creates: hyperparameters, iterations, slots."""

@@ -99,16 +99,16 @@ def _reference(update: Update) -> None:
             slot.copy_(value)
 
 
-def _triton(update: Update) -> None:
-    from fused_kopt.kernels import launch
+def bind(update: Update, executor: Chosen) -> Callable[[Sequence[float], Tensor | None], None]:
+    """A function of scalars and factors that executes an update at its present addresses: what repeated steps call."""
+    how = prepare.keep if update.factors is None else prepare.scale_and_clip
+    if executor == "triton":
+        from fused_kopt.kernels import launch
 
-    launch.run(update, prepare.keep if update.factors is None else prepare.scale_and_clip)
-
-
-def _compiled(update: Update) -> None:
+        return launch.bind(update, how)
     from fused_kopt.kernels import cpp_launch
 
-    cpp_launch.run(update, prepare.keep if update.factors is None else prepare.scale_and_clip)
+    return cpp_launch.bind(update, how)
 
 
 @functools.cache
@@ -176,13 +176,11 @@ def warn_fallback(reason: str) -> None:
 
 def run(update: Update, executor: Chosen) -> None:
     """Execute one update in place."""
-    with torch.no_grad():
-        if executor == "reference":
+    if executor == "reference":
+        with torch.no_grad():
             _reference(update)
-        elif executor == "triton":
-            _triton(update)
-        else:
-            _compiled(update)
+    else:
+        bind(update, executor)(update.scalars, update.factors)
 
 
 def square_norms(norms: Any, table: Any, row: Tensor, executor: Chosen) -> Tensor:

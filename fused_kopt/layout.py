@@ -65,7 +65,7 @@ def memory_order(tensor: Tensor) -> Tensor:
     """A tensor's elements as they lie in memory, 1-D: a view where it is dense, else a copy in row-major order."""
     if same_layout(tensor.shape, dense_stride(tensor), tensor.stride()):
         return tensor.as_strided((tensor.numel(),), (1,))
-    return tensor.reshape(-1)
+    return tensor.contiguous().view(-1)
 
 
 def plan(variables: Iterable[Tensor], offset: int = 0) -> list[Segment]:

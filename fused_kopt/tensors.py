@@ -1,6 +1,5 @@
 """What may be a variable or a gradient, and who shares memory with whom. Raw-pointer kernels need every answer first."""
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -119,19 +118,16 @@ class Written:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         spans = sorted(interval(t) for t in tensors if t.numel())
-        self.starts = [s.start for s in spans]
-        self.ends: list[int] = []
-        for s in spans:  # running maximum: a long span may cover several later ones
-            self.ends.append(max(s.end, self.ends[-1] if self.ends else 0))
+        self.starts = np.array([s.start for s in spans], dtype=np.int64)
+        # running maximum: a long span may cover several later ones; before the first start there is nothing
+        self.ends = np.maximum.accumulate(np.array([0, *(s.end for s in spans)], dtype=np.int64))
 
     def touches(self, tensor: Tensor) -> bool:
         """Whether the tensor's bytes lie in or around written memory (never misses; may say yes for interleaved views)."""
         span = interval(tensor)
-        before = bisect_right(self.starts, span.end - 1)
-        return tensor.numel() > 0 and before > 0 and self.ends[before - 1] > span.start
+        return self.touches_any(np.array([span.start]), np.array([span.end]))
 
     def touches_any(self, starts: Any, ends: Any) -> bool:
         """The same for many at once: int64 arrays of first addresses and of one past the last."""
-        before = np.searchsorted(self.starts, ends - 1, side="right")
-        highest = np.array([0, *self.ends])[before]
+        highest = self.ends[np.searchsorted(self.starts, ends - 1, side="right")]
         return bool(((highest > starts) & (ends > starts)).any())

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,30 +44,45 @@ def _function(function: Any, arguments: str) -> Any:
     return function
 
 
-def run(update: Any, prepare: Any) -> None:
-    """Execute an update (`fused_kopt.execute.Update`) in place: one call per gradient dtype."""
-    global _launches
+class Fixed:
+    """What a bucket's launches share: ctypes takes 1.4 us for each address of an array."""
+
+    def __init__(self, update: Any) -> None:
+        self.blocks = update.blocks(cpp.BLOCK)
+        self.address = self.blocks.ctypes.data
+        self.threads = update.bucket.segments[-1].end > ONE_THREAD
+        self.slots: dict[tuple[str, ...], Any] = {}
+
+
+def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], torch.Tensor | None], None]:
+    """A function of the scalars and factors that executes an update (`fused_kopt.execute.Update`): a call per gradient dtype."""
     bucket = update.bucket
     if bucket.tables is None:
         bucket.tables = {}
     if "cpp" not in bucket.tables:
-        bucket.tables["cpp"] = update.blocks(cpp.BLOCK)
-    blocks = bucket.tables["cpp"]
-    if not len(blocks):
-        return
-    scalars = np.array(update.scalars, dtype=np.float64 if bucket.compute == torch.float64 else np.float32)
-    slots = np.array([flat.data_ptr() for flat in update.slots], dtype=np.int64)
-    factors = None if update.factors is None else update.factors.contiguous()
-    threads = torch.get_num_threads() if bucket.segments[-1].end > ONE_THREAD else 1
-    for dtype, table in update.segment_tables().items():
-        kind: Any = type(update.scalars)
-        step = kernel(update.rule, prepare, kind, len(slots), (bucket.dtype, dtype))
-        with _counter_lock:
-            _launches += 1
-        step(
-            table.ctypes.data, blocks.ctypes.data, len(blocks), factors.data_ptr() if factors is not None else None,
-            slots.ctypes.data, scalars.ctypes.data, threads,
-        )  # fmt: skip
+        bucket.tables["cpp"] = Fixed(update)
+    fixed: Fixed = bucket.tables["cpp"]
+    if update.names not in fixed.slots:
+        fixed.slots[update.names] = (ctypes.c_void_p * len(update.names))(*(flat.data_ptr() for flat in update.slots))
+    slots: Any = fixed.slots[update.names]
+    kind: Any = type(update.scalars)
+    row = (ctypes.c_double if bucket.compute == torch.float64 else ctypes.c_float) * len(update.scalars)
+    calls = [
+        (kernel(update.rule, prepare, kind, len(update.names), (bucket.dtype, dtype)), table, table.ctypes.data)
+        for dtype, table in update.segment_tables().items()
+        if len(fixed.blocks)
+    ]
+
+    def launch(scalars: Sequence[float], factors: torch.Tensor | None) -> None:
+        global _launches
+        numbers, threads = row(*scalars), torch.get_num_threads() if fixed.threads else 1
+        clips = None if factors is None else factors.contiguous()
+        for step, _, address in calls:
+            with _counter_lock:
+                _launches += 1
+            step(address, fixed.address, len(fixed.blocks), None if clips is None else clips.data_ptr(), slots, numbers, threads)
+
+    return launch
 
 
 def square_norms(norms: Any, table: Any, prepare: Any, row: torch.Tensor) -> torch.Tensor:

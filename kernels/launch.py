@@ -1,7 +1,7 @@
 """Launching the kernel: tables, block sizes, counters, and the choice between the compiler and the interpreter."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,86 +114,68 @@ def _scalar_row(scalars: Sequence[float], dtype: torch.dtype, device: torch.devi
     return type(scalars)(*row.split(1))
 
 
-def run(update: Any, prepare: Any) -> None:
-    """Launch an update (`fused_kopt.execute.Update`): once, or once per gradient dtype where gradients differ in it."""
-    interpret = interprets(update.bucket.device)
-    block = _interpreter_block(update.bucket.segments) if interpret else block_size(update.bucket.dtype)
-    tables = _tables(update, block)
-    if tables.grid:
-        for dtype, table in update.segment_tables().items():
-            _launch(update, prepare, dtype, tables, tables.segments(table, dtype))
-
-
-def _launch(update: Any, prepare: Any, gradient_dtype: torch.dtype, tables: Tables, segments: Tensor) -> None:
-    global _launches
+def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], Tensor | None], None]:
+    """A function of the scalars and factors that launches an update (`fused_kopt.execute.Update`): once per gradient dtype."""
     bucket = update.bucket
     interpret = interprets(bucket.device)
     by_pointer = interpret or bucket.compute == torch.float64
-    scalars = _scalar_row(update.scalars, bucket.compute, bucket.device) if by_pointer else update.scalars
-    factors = tables.unread(update) if update.factors is None else update.factors
-    arguments = (segments, tables.blocks, factors, update.slots, scalars)
-    wrap = rules.interpreted if interpret else rules.compiled
-    constants = (
-        wrap(update.rule), wrap(prepare), Build(type(update.scalars)) if by_pointer else None,
-        TRITON_DTYPE[bucket.dtype], TRITON_DTYPE[gradient_dtype], TRITON_DTYPE[bucket.compute],
-    )  # fmt: skip
-    _used_here(*arguments[:3], *update.slots)
+    block = _interpreter_block(bucket.segments) if interpret else block_size(bucket.dtype)
+    tables, wrap = _tables(update, block), rules.interpreted if interpret else rules.compiled
+    build = Build(type(update.scalars)) if by_pointer else None
+    calls = []
+    for dtype, table in update.segment_tables().items() if tables.grid else ():
+        kinds = (TRITON_DTYPE[bucket.dtype], TRITON_DTYPE[dtype], TRITON_DTYPE[bucket.compute])
+        calls.append((tables.segments(table, dtype), (wrap(update.rule), wrap(prepare), build, *kinds, block)))
+
+    def launch(scalars: Sequence[float], factors: Tensor | None) -> None:
+        numbers = _scalar_row(scalars, bucket.compute, bucket.device) if by_pointer else scalars
+        for segments, constants in calls:
+            arguments = (segments, tables.blocks, tables.unread(update) if factors is None else factors, update.slots, numbers)
+            _run(update_bucket, tables.grid, arguments, constants)
+
+    return launch
+
+
+def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
+    """Launch a kernel. Arguments are tensors, or tuples of tensors or floats; the first is a tensor."""
+    global _launches
     with _counter_lock:
         _launches += 1
-    if interpret:
-        _interpret(update_bucket, tables.grid, (*arguments, *constants, _interpreter_block(bucket.segments)))
-    else:
-        _compiled(update_bucket, tables.grid, arguments, (*constants, block_size(bucket.dtype)))
+    if interprets(arguments[0].device):
+        interpreted = interpreter.InterpretedFunction(rules.interpreted(kernel.fn))
+        with _INTERPRETER_LOCK, np.errstate(all="ignore"):
+            interpreted[(grid,)](*arguments, *constants)
+        return
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, whatever its arguments lie on
+        for tensor in arguments:
+            if isinstance(tensor, Tensor) and tensor.is_cuda:  # it may have been made on another stream
+                tensor.record_stream(torch.cuda.current_stream())
+        _compiled(kernel, arguments, constants)[(grid, 1, 1)](*arguments, *constants)
 
 
-# The compiled kernel per device and constants: Triton's own way to it costs a launch three times as much.
+# Compiled kernels by device, constants and kinds of tuples: Triton's own way to them costs a launch three times as much.
 _kernels: dict[Any, Any] = {}
 
 
-def _compiled(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
-    """Launch a compiled kernel. Pointers among the arguments are tensors, or tuples of tensors."""
+def _compiled(kernel: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> Any:
     key = (kernel, arguments[0].device, *((type(a), len(a)) for a in arguments if isinstance(a, tuple)), *constants)
-    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, whatever its arguments lie on
-        if key not in _kernels:
-            warps = THREADS // driver.active.get_current_target().warp_size
-            # explicit: the default of enable_fp_fusion flips between Triton releases, and with it the bits
-            _kernels[key] = kernel.warmup(*arguments, *constants, grid=(grid,), num_warps=warps, enable_fp_fusion=False)
-        _kernels[key][(grid, 1, 1)](*arguments, *constants)
-
-
-def _interpret(kernel: Any, grid: int, arguments: tuple[Any, ...]) -> None:
-    interpreted = interpreter.InterpretedFunction(rules.interpreted(kernel.fn))
-    with _INTERPRETER_LOCK, np.errstate(all="ignore"):
-        interpreted[(grid,)](*arguments)
-
-
-def _used_here(*tensors: Tensor) -> None:
-    """Keep memory from being reused before a launch on this stream has read it: it may have been made on another stream."""
-    for tensor in (t for t in tensors if t.is_cuda):
-        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    if key not in _kernels:
+        warps = THREADS // driver.active.get_current_target().warp_size
+        # explicit: the default of enable_fp_fusion flips between Triton releases, and with it the bits
+        _kernels[key] = kernel.warmup(*arguments, *constants, grid=(1,), num_warps=warps, enable_fp_fusion=False)
+    return _kernels[key]
 
 
 def square_norms(norms: Any, table: Any, prepare: Any, row: Tensor) -> Tensor:
     """The square norms (`fused_kopt.norms.Norms`) of a segment table's gradients: one launch that reads them, one that folds."""
-    global _launches
     if norms.tables is None:
         norms.tables = Tables(norms.blocks, norms.device), upload(norms.starts, norms.device)
     tables, starts = norms.tables
     partial = torch.empty(tables.grid, dtype=torch.float64, device=norms.device)
     sums = torch.empty(len(norms.starts) - 1, dtype=torch.float64, device=norms.device)
-    interpret = interprets(norms.device)
-    prepared = (rules.interpreted if interpret else rules.compiled)(prepare)
-    constants = (prepared, TRITON_DTYPE[norms.dtypes[1]], TRITON_DTYPE[row.dtype], norms.BLOCK // 8)
-    segments = tables.segments(table, norms.dtypes[1])
-    _used_here(segments, tables.blocks, starts)
-    with _counter_lock:
-        _launches += 2
-    for kernel, grid, arguments, fixed in (
-        (square_blocks, tables.grid, (segments, tables.blocks, row, partial), constants),
-        (fold, len(sums), (partial, starts, sums), (norms.LANES,)),
-    ):
-        if interpret:
-            _interpret(kernel, grid, (*arguments, *fixed))
-        else:
-            _compiled(kernel, grid, arguments, fixed)
+    wrap = rules.interpreted if interprets(norms.device) else rules.compiled
+    constants = (wrap(prepare), TRITON_DTYPE[norms.dtypes[1]], TRITON_DTYPE[row.dtype], norms.BLOCK // 8)
+    if tables.grid:
+        _run(square_blocks, tables.grid, (tables.segments(table, norms.dtypes[1]), tables.blocks, row, partial), constants)
+    _run(fold, len(sums), (partial, starts, sums), (norms.LANES,))
     return sums

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fused_kopt
-from fused_kopt import optimizers
+from fused_kopt import execute, optimizers
 from fused_kopt.kernels import launch
 from fused_kopt.optimizer import Optimizer
 
@@ -117,6 +117,17 @@ def small_blocks(block: int = 16) -> Iterator[int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "INTERPRETER_BLOCK", block)
         yield block
+
+
+def after_each(patch: pytest.MonkeyPatch, damage: Callable[[Any], object]) -> None:
+    """Launches of every executor but the reference are followed by `damage` to their update."""
+    honest = execute.bind
+
+    def bind(update: Any, executor: Any) -> Any:
+        launch = honest(update, executor)
+        return lambda scalars, factors: (launch(scalars, factors), damage(update))
+
+    patch.setattr(execute, "bind", bind)
 
 
 @contextmanager

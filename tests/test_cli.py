@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import colors, image
+from support import after_each
 
 import fused_kopt
 from fused_kopt import cli, demo, execute
@@ -56,15 +57,13 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def sabotage(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton executor puts one element of the third variable one unit in the last place off."""
-    honest = launch.run
 
-    def wrong(update: Any, prepare: Any) -> None:
-        honest(update, prepare)
+    def damage(update: Any) -> None:
         if len(update.variables) > 2:  # not the known-answer test of a new kernel
             variable = update.variables[2]
             variable.view(-1).view(INTEGERS[variable.element_size()])[5] += 1
 
-    monkeypatch.setattr(launch, "run", wrong)
+    after_each(monkeypatch, damage)
 
 
 @pytest.fixture
@@ -154,7 +153,7 @@ def test_verify_finds_one_wrong_bit(run: Run) -> None:
 
 
 def test_verify_reports_an_executor_that_raises(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "run", Mock(side_effect=RuntimeError("no kernel [here]")))
+    monkeypatch.setattr(launch, "bind", Mock(side_effect=RuntimeError("no kernel [here]")))
     result = run("verify", "--optimizer", "lion", "--device", "cpu")
     assert result.code == 1
     assert {row[3] for row in result.rows} == {"error"}

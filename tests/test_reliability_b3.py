@@ -105,7 +105,7 @@ def far_blocks() -> None:
     expected = near.update.copy()
     execute.run(expected, "reference")
     with small_blocks(block):
-        launch.run(moved, prepare.keep)
+        launch.bind(moved, prepare.keep)(moved.scalars, None)
     assert_same([bits(near.variables[0].variable)], [bits(expected.variables[0])])
     assert_same([bits(near.slots.variable)], [bits(expected.bucket.flat["momentum"])])
     assert near.variables[0].intact()
@@ -122,7 +122,7 @@ def test_B27_a_grid_of_any_size_is_one_dimensional(monkeypatch: pytest.MonkeyPat
     bucket = Bucket(torch.device("cpu"), torch.float32)
     bucket.adopt(*bucket.grown(variables, [Slot("momentum")]))
     grids: list[Any] = []
-    monkeypatch.setattr(launch, "_interpret", lambda kernel, grid, *rest: grids.append(grid))
+    monkeypatch.setattr(launch, "_run", lambda kernel, grid, *rest: grids.append(grid))
     update = Update(bucket, list(variables), list(variables), ("momentum",), momentum, Scalars(0.0, 0.0))
     execute.run(update, "triton")
     assert grids == [70_000]

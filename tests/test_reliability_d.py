@@ -99,16 +99,21 @@ def test_D3_D4_an_interruption_between_launches_is_remembered(
 ) -> None:
     optimizer, variables = fresh("amsgrad", executor, built=True)
     weights, copies = optimizer.get_weights(), [v.clone() for v in variables]
-    run, runs = execute.run, 0
+    runs = 0
 
-    def interrupted(*arguments: Any) -> None:
-        nonlocal runs
-        runs += 1
-        if runs == position + 1:
-            raise error("interrupted")
-        run(*arguments)
+    def interrupted(run: Any) -> Any:
+        def counted(*arguments: Any) -> None:
+            nonlocal runs
+            runs += 1
+            if runs == position + 1:
+                raise error("interrupted")
+            run(*arguments)
 
-    monkeypatch.setattr(execute, "run", interrupted)
+        return counted
+
+    bind = execute.bind
+    monkeypatch.setattr(execute, "_reference", interrupted(execute._reference))
+    monkeypatch.setattr(execute, "bind", lambda *arguments: interrupted(bind(*arguments)))
     with pytest.raises(error, match="interrupted"):
         optimizer.apply_gradients(pairs_of(variables, 2))
     monkeypatch.undo()
@@ -185,7 +190,7 @@ def test_D3_an_interruption_at_any_line_leaves_a_whole_or_a_torn_step(stage: str
 def test_D9_D10_a_step_inside_a_graph_capture_is_refused(executor: str, built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, variables = fresh("adam", executor, built)
     before = state(optimizer, variables)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"would replay this step's scalars for ever\. Call it outside the capture"):
         optimizer.apply_gradients(pairs_of(variables, 2))

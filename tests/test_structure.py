@@ -32,7 +32,7 @@ LAYERS = (
     ("buffers", "prepare"),
     ("execute", "state"),
     ("gradients", "hyperparameters", "norms"),
-    ("verification",),
+    ("flat", "verification"),
     ("clipping",),
     ("updates",),
     ("repeat",),

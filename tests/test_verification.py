@@ -3,10 +3,11 @@
 import math
 
 import pytest
+import support
 import torch
 
 import fused_kopt
-from fused_kopt import StaleVariableError, TornStepError, execute, verification
+from fused_kopt import StaleVariableError, TornStepError, verification
 
 INF, NAN = math.inf, math.nan
 
@@ -35,14 +36,7 @@ def test_float64_distances_are_exact() -> None:
 
 
 def sabotage(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    honest = execute._triton
-
-    def wrong(update: execute.Update) -> None:
-        honest(update)
-        present = next(v for v in update.variables if v is not None)
-        present.mul_(factor)
-
-    monkeypatch.setattr(execute, "_triton", wrong)
+    support.after_each(monkeypatch, lambda update: next(v for v in update.variables if v is not None).mul_(factor))
 
 
 @pytest.mark.parametrize("factor", [1 + 2**-23, 2.0])
