@@ -15,7 +15,8 @@ import torch
 from matplotlib import colors, image
 
 import fused_kopt
-from fused_kopt import cli, demo, execute
+from fused_kopt import cli, execute
+from fused_kopt.commands import common, demo, variants, verify
 from fused_kopt.kernels import launch
 from fused_kopt.optimizers import registry
 
@@ -120,7 +121,7 @@ def test_verify(run: Run) -> None:
 
 
 def test_verify_covers_every_rule() -> None:
-    made = {name: make() for name, make in cli.VARIANTS.items()}
+    made = {name: make() for name, make in variants.VARIANTS.items()}
     own = {cls for cls in registry._REGISTRY.values() if cls.__module__.startswith("fused_kopt.")}
     assert {type(optimizer) for optimizer in made.values()} == own
     assert all(type(optimizer).__name__.lower() == name.split()[0] for name, optimizer in made.items())
@@ -131,9 +132,9 @@ def test_verify_covers_every_rule() -> None:
     assert reached == {f for f in public if f.__code__.co_varnames[: f.__code__.co_argcount] == ("p", "g", "slots", "s")}
 
 
-@pytest.mark.parametrize("dtype", cli.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", variants.DTYPES.values(), ids=str)
 def test_gradients_have_many_magnitudes_and_special_values(dtype: torch.dtype) -> None:
-    first, second = cli._gradients(dtype, CPU, 2)
+    first, second = verify._gradients(dtype, CPU, 2)
     sizes = first[-1][first[-1] != 0].abs().double().log10()
     special = second[2].double()
     assert [g.is_sparse for g in (*first, *second)] == [False] * 9 + [True, True, False]
@@ -199,7 +200,7 @@ def test_demo_fails_where_a_step_differs(run: Run, tmp_path: Path) -> None:
 
 def test_demo_repeats_itself_and_leaves_torch_as_it_was() -> None:
     threads, state, data = torch.get_num_threads(), torch.get_rng_state(), demo.digits(CPU)
-    with demo.one_thread():
+    with common.one_thread():
         settings = [demo.Settings(epochs=1, seed=seed) for seed in (3, 3, 4)]
         first, again, other = (demo.train("adam", s, "reference", data, lambda: None).losses for s in settings)
     assert first == again != other

@@ -40,7 +40,9 @@ LAYERS = (
     ),
     ("optimizers",),
     ("",),
-    ("demo",),
+    ("commands",),
+    ("commands.common", "commands.variants"),
+    ("commands.demo", "commands.info", "commands.verify"),
     ("cli",),
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
@@ -53,10 +55,10 @@ LAZY = {
     ("execute", "fused_kopt.compiled"): "torch's compiler takes a second to import",
     ("contract", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
     ("hyperparameters", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
-    ("cli", "triton"): "machines without Triton say so",
-    ("demo", "sklearn.datasets.load_digits"): "the extra `demo`",
-    ("demo", "sklearn.model_selection.train_test_split"): "the extra `demo`",
-    ("demo", "matplotlib.figure.Figure"): "the extra `demo`",
+    ("commands.info", "triton"): "machines without Triton say so",
+    ("commands.demo", "sklearn.datasets.load_digits"): "the extra `demo`",
+    ("commands.demo", "sklearn.model_selection.train_test_split"): "the extra `demo`",
+    ("commands.demo", "matplotlib.figure.Figure"): "the extra `demo`",
 }
 FORBIDDEN = {
     "environment variables": r"\bos\.(?:environ|getenv|putenv)",
@@ -76,7 +78,8 @@ class Import(NamedTuple):
 @functools.cache
 def sources() -> dict[str, Path]:
     """Module name (without the package's) to file; the link is followed once, as kernels."""
-    files = [*(ROOT / "fused_kopt").glob("*.py"), *(ROOT / "fused_kopt/optimizers").glob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    folders = ("fused_kopt", "fused_kopt/optimizers", "fused_kopt/commands", "kernels")
+    files = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
     return {re.sub(r"^fused_kopt\.|\.?__init__$", "", ".".join(f.relative_to(ROOT).with_suffix("").parts)): f for f in files}
 
 
@@ -226,7 +229,7 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch, fused_kopt
-from fused_kopt import cli, demo
+from fused_kopt import cli
 variable = torch.ones(3)
 fused_kopt.SGD(learning_rate=0.5).apply_gradients([(torch.ones(3), variable)])
 assert variable.tolist() == [0.5] * 3
