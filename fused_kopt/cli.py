@@ -1,17 +1,19 @@
 """The command line: parses and dispatches. Exit codes: 0 success, 1 a failed check, 2 a wrong or impossible request."""
 
 import argparse
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 import fused_kopt
-from fused_kopt.commands import demo, info, verify
+from fused_kopt.commands import demo, explain, info, variants, verify
+from fused_kopt.commands.architectures import ARCHITECTURES
 from fused_kopt.commands.common import RefusedError
-from fused_kopt.commands.variants import OPTIMIZERS
+from fused_kopt.commands.variants import DTYPES, OPTIMIZERS
 from fused_kopt.execute import EXECUTORS
 
 _AS_IS = argparse.RawDescriptionHelpFormatter
@@ -19,6 +21,7 @@ EXAMPLES = """examples:
   fused-kopt demo                                train with all eight optimizers, write the loss curves
   fused-kopt verify --optimizer adam --steps 20  compare Adam's kernels with the reference
   fused-kopt info                                what runs on this machine
+  fused-kopt explain --optimizer adam            what Adam's kernels are made of
 exit codes: 0 success, 1 a check failed, 2 a wrong or impossible request"""
 
 
@@ -29,42 +32,88 @@ def _positive(text: str) -> int:
     return value
 
 
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(text.lower().split(","))
-    unknown = [name for name in names if name not in demo.OPTIMIZERS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(map(repr, unknown))}. Choose from {','.join(demo.OPTIMIZERS)}.")
-    return names
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0. Received: {text}.")
+    return value
+
+
+def _names(choices: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """A parser of comma-separated names."""
+    allowed = tuple(choices)
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.lower().split(","))
+        unknown = [name for name in names if name not in allowed]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(map(repr, unknown))}. Choose from {','.join(allowed)}.")
+        return names
+
+    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
     about = "Keras optimizers for PyTorch tensors, fused into one Triton launch."
     parser = argparse.ArgumentParser("fused-kopt", description=about, epilog=EXAMPLES, formatter_class=_AS_IS)
     parser.add_argument("--version", action="version", version=f"fused-kopt {fused_kopt.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,verify,info}")
-    d = commands.add_parser("demo", help="train a small network with all eight optimizers", description=demo.ABOUT, formatter_class=_AS_IS)
-    d.add_argument("--epochs", type=_positive, default=demo.EPOCHS, help="passes over the training images, 22 steps each (%(default)s)")
-    d.add_argument("--optimizers", type=_names, default=tuple(demo.OPTIMIZERS), help="comma-separated (all eight)", metavar="NAMES")
-    d.add_argument("--out", type=Path, default=Path(), help="directory for fused_kopt_demo.png (the current one)", metavar="DIR")
-    d.add_argument("--executor", choices=EXECUTORS[:3], default="auto", help="auto: triton where it imports, else reference")
-    d.add_argument("--seed", type=int, default=0, help="of the initial weights and the batches (%(default)s)")
-    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    v = commands.add_parser("verify", help="compare every executor with the reference", description=verify.ABOUT, formatter_class=_AS_IS)
-    v.add_argument("--steps", type=_positive, default=3, help="steps per optimizer and dtype (%(default)s)")
-    v.add_argument("--device", choices=devices, default=devices[-1], help="cuda only where torch finds one (%(default)s)")
-    v.add_argument("--optimizer", type=str.lower, choices=OPTIMIZERS, help="only this one (all)")
-    v.add_argument("--executor", choices=EXECUTORS[2:], default="triton", help="compiled builds 76 kernels, minutes at first (%(default)s)")
-    commands.add_parser("info", help="versions, devices, executors", description="Print versions, devices and executors.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,verify,info,explain,tune}")
+    add = functools.partial(commands.add_parser, formatter_class=_AS_IS)
+    _demo(add("demo", help="train a small network with all eight optimizers", description=demo.ABOUT))
+    _verify(add("verify", help="compare every executor with the reference", description=verify.ABOUT))
+    add("info", help="versions, devices, executors", description="Print versions, devices and executors.")
+    _explain(add("explain", help="compile kernels without a GPU and read their machine code", description=explain.ABOUT))
     return parser
 
 
+def _demo(parser: argparse.ArgumentParser) -> None:
+    add, names = parser.add_argument, tuple(demo.OPTIMIZERS)
+    add("--epochs", type=_positive, default=demo.EPOCHS, help="passes over the training images, 22 steps each (%(default)s)")
+    add("--optimizers", type=_names(names), default=names, help="comma-separated (all eight)", metavar="NAMES")
+    add("--out", type=Path, default=Path(), help="directory for fused_kopt_demo.png (the current one)", metavar="DIR")
+    add("--executor", choices=EXECUTORS[:3], default="auto", help="auto: triton where it imports, else reference")
+    add("--seed", type=int, default=0, help="of the initial weights and the batches (%(default)s)")
+
+
+def _verify(parser: argparse.ArgumentParser) -> None:
+    add, devices = parser.add_argument, ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    add("--steps", type=_positive, default=3, help="steps per optimizer and dtype (%(default)s)")
+    add("--device", choices=devices, default=devices[-1], help="cuda only where torch finds one (%(default)s)")
+    add("--optimizer", type=str.lower, choices=OPTIMIZERS, help="only this one (all)")
+    add("--executor", choices=EXECUTORS[2:], default="triton", help="compiled builds 76 kernels, minutes at first (%(default)s)")
+
+
+def _explain(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--arch",
+        type=_names(ARCHITECTURES),
+        default=("sm_90",),
+        help=f"comma-separated, of {', '.join(ARCHITECTURES)} (sm_90)",
+        metavar="NAMES",
+    )
+    _kernels(parser)
+    add("--clipped", action="store_true", help="also the kernels that unscale and clip gradients")
+    add("--bandwidth", type=_rate, help="of the memory (see the table's caption)", metavar="GB/S")
+
+
+def _kernels(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--optimizer", type=str.lower, choices=OPTIMIZERS, help="only this one (all)")
+    add("--dtype", type=_names(DTYPES), default=("float32",), help=f"comma-separated, of {', '.join(DTYPES)} (float32)", metavar="NAMES")
+    add("--elements", type=_positive, default=variants.ELEMENTS, help="elements of the variable (%(default)s)", metavar="N")
+
+
 def _run(arguments: argparse.Namespace, console: Console) -> int:
-    if arguments.command == "info":
+    a = arguments
+    if a.command == "info":
         return info.info(console)
-    if arguments.command == "verify":
-        return verify.verify(arguments.steps, torch.device(arguments.device), arguments.optimizer, arguments.executor, console)
-    settings = demo.Settings(arguments.optimizers, arguments.epochs, arguments.out, arguments.executor, arguments.seed)
-    return demo.main(settings, console)
+    if a.command == "verify":
+        return verify.verify(a.steps, torch.device(a.device), a.optimizer, a.executor, console)
+    if a.command == "explain":
+        dtypes = tuple(DTYPES[name] for name in a.dtype)
+        return explain.explain(explain.Settings(a.arch, a.optimizer, dtypes, a.clipped, a.elements, a.bandwidth), console)
+    return demo.main(demo.Settings(a.optimizers, a.epochs, a.out, a.executor, a.seed), console)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -41,12 +41,12 @@ LAYERS = (
     ("optimizers",),
     ("",),
     ("commands",),
-    ("commands.common", "commands.variants"),
-    ("commands.demo", "commands.info", "commands.verify"),
+    ("commands.architectures", "commands.common", "commands.variants"),
+    ("commands.demo", "commands.explain", "commands.info", "commands.verify"),
     ("cli",),
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-KERNEL_LAYERS = (("op", "update"), ("rules",), ("launch",))
+KERNEL_LAYERS = (("machine_code", "op", "tuning", "update"), ("rules",), ("launch",), ("offline",))
 KERNEL_LEVEL = {f"kernels.{name}": level for level, layer in enumerate(KERNEL_LAYERS) for name in layer}
 
 # Imports inside functions, each for its reason.
@@ -55,6 +55,8 @@ LAZY = {
     ("execute", "fused_kopt.compiled"): "torch's compiler takes a second to import",
     ("contract", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
     ("hyperparameters", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
+    ("commands.explain", "fused_kopt.kernels.machine_code"): "machines without Triton say so",
+    ("commands.explain", "fused_kopt.kernels.offline"): "machines without Triton say so",
     ("commands.info", "triton"): "machines without Triton say so",
     ("commands.demo", "sklearn.datasets.load_digits"): "the extra `demo`",
     ("commands.demo", "sklearn.model_selection.train_test_split"): "the extra `demo`",

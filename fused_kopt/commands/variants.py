@@ -33,6 +33,7 @@ VARIANTS: dict[str, Callable[[], Optimizer]] = {
     "lion": lambda: Lion(0.01),
 }
 OPTIMIZERS = tuple(dict.fromkeys(name.split()[0] for name in VARIANTS))
+ELEMENTS = 1 << 26  # of a variable, where a command measures or computes times: far beyond any cache
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 
 
