@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 
 import fused_kopt
-from fused_kopt.commands import demo, explain, info, variants, verify
+from fused_kopt.commands import demo, explain, info, tune, variants, verify
 from fused_kopt.commands.architectures import ARCHITECTURES
 from fused_kopt.commands.common import RefusedError
 from fused_kopt.commands.variants import DTYPES, OPTIMIZERS
@@ -22,6 +23,7 @@ EXAMPLES = """examples:
   fused-kopt verify --optimizer adam --steps 20  compare Adam's kernels with the reference
   fused-kopt info                                what runs on this machine
   fused-kopt explain --optimizer adam            what Adam's kernels are made of
+  fused-kopt tune --optimizer adam               the fastest block size and warps on this GPU
 exit codes: 0 success, 1 a check failed, 2 a wrong or impossible request"""
 
 
@@ -37,6 +39,12 @@ def _rate(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a finite number above 0. Received: {text}.")
     return value
+
+
+def _gpu(text: str) -> str:
+    if not re.fullmatch(r"cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be cuda or cuda:N. Received: {text}.")
+    return text
 
 
 def _names(choices: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
@@ -63,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _verify(add("verify", help="compare every executor with the reference", description=verify.ABOUT))
     add("info", help="versions, devices, executors", description="Print versions, devices and executors.")
     _explain(add("explain", help="compile kernels without a GPU and read their machine code", description=explain.ABOUT))
+    _tune(add("tune", help="find the fastest launch configuration on this GPU", description=tune.ABOUT))
     return parser
 
 
@@ -97,6 +106,12 @@ def _explain(parser: argparse.ArgumentParser) -> None:
     add("--bandwidth", type=_rate, help="of the memory (see the table's caption)", metavar="GB/S")
 
 
+def _tune(parser: argparse.ArgumentParser) -> None:
+    _kernels(parser)
+    parser.add_argument("--device", type=_gpu, default="cuda", help="cuda or cuda:1 and so on (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(), help=f"directory for {tune.PICTURE} (the current one)", metavar="DIR")
+
+
 def _kernels(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--optimizer", type=str.lower, choices=OPTIMIZERS, help="only this one (all)")
@@ -110,8 +125,11 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         return info.info(console)
     if a.command == "verify":
         return verify.verify(a.steps, torch.device(a.device), a.optimizer, a.executor, console)
-    if a.command == "explain":
+    if a.command in ("explain", "tune"):
         dtypes = tuple(DTYPES[name] for name in a.dtype)
+    if a.command == "tune":
+        return tune.tune(tune.Settings(a.optimizer, dtypes, a.elements, a.device, a.out), console)
+    if a.command == "explain":
         return explain.explain(explain.Settings(a.arch, a.optimizer, dtypes, a.clipped, a.elements, a.bandwidth), console)
     return demo.main(demo.Settings(a.optimizers, a.epochs, a.out, a.executor, a.seed), console)
 

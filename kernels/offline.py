@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_kopt.kernels import launch, rules
-from fused_kopt.kernels.tuning import Config
+from fused_kopt.kernels.tuning import Config, kernel_hash
 from fused_kopt.kernels.update import update_bucket
 
 NVIDIA = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -38,12 +38,13 @@ class Spec(NamedTuple):
         """What the kernel computes in, and its slots' dtype."""
         return torch.float64 if self.variable == torch.float64 else torch.float32
 
-    def constants(self, block: int) -> dict[str, Any]:
+    def constants(self, block: int, interpret: bool = False) -> dict[str, Any]:
         """The kernel's constexprs."""
+        wrap = rules.interpreted if interpret else rules.compiled
         return {
-            "RULE": rules.compiled(self.rule),
-            "PREPARE": rules.compiled(self.prepare),
-            "SCALARS": launch.Build(self.scalars) if self.compute == torch.float64 else None,
+            "RULE": wrap(self.rule),
+            "PREPARE": wrap(self.prepare),
+            "SCALARS": launch.Build(self.scalars) if interpret or self.compute == torch.float64 else None,
             "VARIABLE": launch.TRITON_DTYPE[self.variable],
             "GRADIENT": launch.TRITON_DTYPE[self.gradient],
             "COMPUTE": launch.TRITON_DTYPE[self.compute],
@@ -68,15 +69,22 @@ class Code(NamedTuple):
     shared: int  # bytes per program
 
 
-def default(variable: torch.dtype, target: str) -> Config:
-    """The configuration of a launch that was not tuned."""
-    return Config(launch.block_size(variable), launch.THREADS // TARGETS[target].warp_size)
+def default(variable: torch.dtype, warp: int) -> Config:
+    """The configuration of a launch that was not tuned. warp: threads per warp."""
+    return Config(launch.block_size(variable), launch.THREADS // warp)
 
 
-def why_not(target: str) -> str | None:
-    """Why kernels cannot be compiled and read for a target, or None."""
+def hash_of(rule: Callable[..., Any]) -> str:
+    """The hash under which a rule's configuration is stored: of the kernel's text and of the rule's."""
+    return kernel_hash(update_bucket, rules.compiled(rule))
+
+
+def why_not(target: str | None = None) -> str | None:
+    """Why kernels cannot be compiled, nor read for a target where one is named, or None."""
     if launch.INTERPRETED:
         return "TRITON_INTERPRET=1 leaves nothing to compile; unset it before Triton is imported"
+    if target is None:
+        return None
     if not any(backend.compiler.supports_target(TARGETS[target]) for backend in backends.values()):
         return f"this Triton has no compiler for it, only {', '.join(backends)}"
     if target in NVIDIA and not (TOOLS / "nvdisasm").exists():
@@ -86,7 +94,7 @@ def why_not(target: str) -> str | None:
 
 def build(spec: Spec, target: str, config: Config | None = None) -> Code:
     """Compile a kernel for a target, in its default configuration or another."""
-    block, warps = config or default(spec.variable, target)
+    block, warps = config or default(spec.variable, TARGETS[target].warp_size)
     constants = spec.constants(block)
     aligned = [["tt.divisibility", 16]]
     pointers: dict[Any, Any] = {(i,): aligned for i in range(3)} | {(3, i): aligned for i in range(spec.slots)}

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from matplotlib import colors, image
+from terminal import Result, Run
 
 import fused_kopt
 from fused_kopt import cli, execute
@@ -23,35 +24,6 @@ from fused_kopt.optimizers import registry
 CPU = torch.device("cpu")
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 EIGHT = ("sgd", "rmsprop", "adam", "adadelta", "adagrad", "adamax", "nadam", "ftrl")
-
-
-class Result(NamedTuple):
-    code: Any
-    out: str
-    err: str
-
-    @property
-    def rows(self) -> list[list[str]]:
-        """The cells of the printed table's lines."""
-        return [[cell.strip() for cell in line.split("│")[1:-1]] for line in self.out.splitlines() if line.startswith("│")]
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command in a terminal in which no line wraps."""
-    monkeypatch.setenv("COLUMNS", "250")
-
-    def call(*arguments: object) -> Result:
-        try:
-            code: Any = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return Result(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture

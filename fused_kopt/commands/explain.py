@@ -87,10 +87,11 @@ def rows(settings: Settings, architecture: str) -> Iterator[Row]:
 def _row(kernel: Kernel, dtype: torch.dtype, clipped: bool, architecture: str) -> Row:
     from fused_kopt.kernels import machine_code, offline
 
-    limits, config = ARCHITECTURES[architecture], offline.default(dtype, architecture)
+    limits = ARCHITECTURES[architecture]
+    config = offline.default(dtype, limits.warp)
     spec = offline.Spec(kernel.rule, prepare.scale_and_clip if clipped else prepare.keep, kernel.scalars, kernel.slots, dtype, dtype)
     try:
-        code = offline.build(spec, architecture)
+        code = offline.build(spec, architecture, config)
         block = machine_code.full_block(code.text, amd=limits.warp == 64)
     except Exception as error:  # whatever the compiler or its tools raise
         raise RefusedError(f"the kernel of {kernel.name} for {architecture} cannot be compiled and read: {error!r}") from error
