@@ -1,6 +1,8 @@
-"""Options and markers: `--slow`, `gpu`, `slow`; the command line."""
+"""Options and markers: `--slow`, `gpu`, `slow`; the command line, the tuning cache."""
 
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +35,17 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Result(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty home directory; yields the tuning cache in it, which does not exist."""
+    from fused_kopt.kernels import tuning
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    tuning._stored.cache_clear()
+    yield tuning.path()
+    tuning._stored.cache_clear()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -42,25 +42,31 @@ LAYERS = (
     ("",),
     ("commands",),
     ("commands.architectures", "commands.common", "commands.variants"),
-    ("commands.demo", "commands.explain", "commands.info", "commands.verify"),
+    ("commands.demo", "commands.explain", "commands.info", "commands.tune", "commands.verify"),
     ("cli",),
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-KERNEL_LAYERS = (("machine_code", "op", "tuning", "update"), ("rules",), ("launch",), ("offline",))
+KERNEL_LAYERS = (("machine_code", "op", "tuning", "update"), ("rules",), ("launch",), ("offline",), ("scratch",))
 KERNEL_LEVEL = {f"kernels.{name}": level for level, layer in enumerate(KERNEL_LAYERS) for name in layer}
 
-# Imports inside functions, each for its reason.
-LAZY = {
+# Imports inside functions, each for its reason: here, machines without Triton say so.
+NEED_TRITON = {
+    "commands.explain": ("fused_kopt.kernels.machine_code", "fused_kopt.kernels.offline"),
+    "commands.info": ("triton",),
+    "commands.tune": (
+        *(f"fused_kopt.kernels.{name}" for name in ("offline", "offline.Spec", "scratch.Scratch", "tuning")),
+        *("triton.runtime.driver", "triton.testing.do_bench"),
+    ),
+}
+LAZY = {(module, name): "Triton" for module, names in NEED_TRITON.items() for name in names} | {
     ("execute", "fused_kopt.kernels.launch"): "machines without Triton run the reference",
     ("execute", "fused_kopt.compiled"): "torch's compiler takes a second to import",
     ("contract", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
     ("hyperparameters", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
-    ("commands.explain", "fused_kopt.kernels.machine_code"): "machines without Triton say so",
-    ("commands.explain", "fused_kopt.kernels.offline"): "machines without Triton say so",
-    ("commands.info", "triton"): "machines without Triton say so",
     ("commands.demo", "sklearn.datasets.load_digits"): "the extra `demo`",
     ("commands.demo", "sklearn.model_selection.train_test_split"): "the extra `demo`",
     ("commands.demo", "matplotlib.figure.Figure"): "the extra `demo`",
+    ("commands.tune", "matplotlib.figure.Figure"): "the extra `demo`",
 }
 FORBIDDEN = {
     "environment variables": r"\bos\.(?:environ|getenv|putenv)",

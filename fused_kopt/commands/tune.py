@@ -94,11 +94,11 @@ class Machine(NamedTuple):
 
 def candidates(dtype: torch.dtype, warp: int) -> "list[Config]":
     """The configurations that are worth a trial."""
-    from fused_kopt.kernels.tuning import BLOCKS, WARPS, Config
+    from fused_kopt.kernels import tuning
 
     slot = 8 if dtype == torch.float64 else 4
     most = MOST if dtype.itemsize == slot else MOST_MIXED
-    every = itertools.starmap(Config, itertools.product(BLOCKS, WARPS))
+    every = itertools.starmap(tuning.Config, itertools.product(tuning.BLOCKS, tuning.WARPS))
     return [config for config in every if LEAST <= config.block / (config.warps * warp) * slot <= most]
 
 
