@@ -125,19 +125,17 @@ def tune(settings: Settings, console: Console) -> int:
 
 
 def _gpu(elements: int, device: torch.device) -> Machine:
-    from triton.runtime import driver
     from triton.testing import do_bench
 
-    from fused_kopt.kernels.offline import Spec
-    from fused_kopt.kernels.scratch import Scratch
+    from fused_kopt.kernels import offline, scratch
 
     def prepared(kernel: Kernel, dtype: torch.dtype) -> "Callable[[Config], float]":
-        spec = Spec(kernel.rule, prepare.keep, kernel.scalars, kernel.slots, dtype, dtype)
+        spec = offline.Spec(kernel.rule, prepare.keep, kernel.scalars, kernel.slots, dtype, dtype)
         scalars = [float(x) for x in kernel.optimizer.scalars(Step(0, spec.compute))]
-        scratch = Scratch(spec, scalars, elements, device)
-        return lambda config: float(do_bench(scratch.launcher(config), return_mode="median")) / 1e3
+        buffers = scratch.Scratch(spec, scalars, elements, device)
+        return lambda config: float(do_bench(buffers.launcher(config), return_mode="median")) / 1e3
 
-    return Machine(torch.cuda.get_device_name(device), driver.active.get_current_target().warp_size, prepared)
+    return Machine(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).warp_size, prepared)
 
 
 def sweep(settings: Settings, machine: Machine, console: Console) -> int:
