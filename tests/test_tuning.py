@@ -1,11 +1,16 @@
 """`fused-kopt tune` with an injected timer, and the launches that it times."""
 
+import contextlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+import triton
 from matplotlib import image
 from rich.console import Console
 from terminal import Run
@@ -16,7 +21,7 @@ from fused_kopt.commands.common import RefusedError
 from fused_kopt.commands.tune import Machine, Settings, Sweep, Trial
 from fused_kopt.commands.variants import Kernel
 from fused_kopt.hyperparameters import Step
-from fused_kopt.kernels import launch, offline, tuning
+from fused_kopt.kernels import launch, offline, scratch, tuning
 from fused_kopt.kernels.offline import Spec
 from fused_kopt.kernels.scratch import Scratch
 from fused_kopt.kernels.tuning import Config
@@ -109,14 +114,47 @@ def test_a_scratch_launch_computes_the_same_in_every_block_size(dtype: torch.dty
     scalars = [float(x) for x in kernel.optimizer.scalars(Step(0, spec.compute))]
     results = []
     for block in (64, 1024):
-        scratch = Scratch(spec, scalars, 200, torch.device("cpu"))
-        launch._interpret(-(-200 // block), scratch.arguments(block), spec.constants(block, interpret=True))
-        results.append((scratch.variable, *scratch.slots))
+        buffers = Scratch(spec, scalars, 200, torch.device("cpu"))
+        launch._interpret(-(-200 // block), buffers.arguments(block), spec.constants(block, interpret=True))
+        results.append((buffers.variable, *buffers.slots))
     one = torch.ones(200, dtype=spec.compute)
     row = kernel.scalars(*torch.tensor(scalars, dtype=spec.compute).unbind())
     p, values = kernel.rule(one, one, (one, one), row)
     for expected, *found in zip((p.to(dtype), *values), *results, strict=True):
         assert all(torch.equal(expected, tensor) for tensor in found)
+
+
+class Recorder:
+    """Stands for the kernel: remembers how it was launched."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **named: self.launches.append((grid, arguments, named))
+
+
+def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "update_bucket", recorder := Recorder())
+    monkeypatch.setattr(triton.testing, "do_bench", lambda launch, return_mode: launch() or {"median": 2.5}[return_mode])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Mock(warp_size=32))
+    name, warp, prepared = tune._gpu(5000, torch.device("cpu"))
+    assert (name, warp) == ("H100", 32)
+    assert prepared(variants.kernels("adam")[0], BF16)(Config(2048, 16)) == 2.5e-3
+    ((grid, arguments, named),) = recorder.launches
+    assert grid == (3,)
+    assert (named["BLOCK"], named["num_warps"], named["enable_fp_fusion"]) == (2048, 16, False)
+    assert (arguments[0].tolist()[0][2:], arguments[1].tolist()) == ([5000, 0], [[0, 0], [0, 1], [0, 2]])
+    assert [slot.dtype for slot in arguments[3]] == [F32, F32]
+
+
+def test_too_many_elements(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(tune, "_gpu", Mock(side_effect=torch.OutOfMemoryError("8 GiB are free.")))
+    assert "fused-kopt: --elements 99: 8 GiB are free. Ask for fewer." in run("tune", "--elements", 99).err
 
 
 @pytest.mark.gpu
