@@ -1,5 +1,6 @@
 """Launching the kernel: tables, block sizes, counters, and the choice between the compiler and the interpreter."""
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,14 +12,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver, interpreter
 
-from fused_kopt.kernels import rules
+from fused_kopt.kernels import rules, tuning
 from fused_kopt.kernels.norms import fold, square_blocks
+from fused_kopt.kernels.tuning import Config
 from fused_kopt.kernels.update import update_bucket
 
 # At most so many elements per program in the interpreter, where a program costs about 1 ms and 0.15 us per element.
 INTERPRETER_BLOCK = 65_536
 # 256 threads of 4 elements, 2 in float64: one 128-bit access per float32 or float64 tensor and thread, and few enough
-# registers (72) for 28 warps to share a multiprocessor. More elements in flight shuffle layouts where widths mix.
+# registers (72) for three programs, 24 warps, to share a multiprocessor. More elements in flight shuffle layouts where widths mix.
 THREADS, BLOCK, WIDE_BLOCK = 256, 1024, 512
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -114,30 +116,40 @@ def _scalar_row(scalars: Sequence[float], dtype: torch.dtype, device: torch.devi
     return type(scalars)(*row.split(1))
 
 
+@functools.cache
+def configuration(rule: Any, device: torch.device, dtypes: tuple[torch.dtype, torch.dtype]) -> Config:
+    """Block size and warps of a compiled kernel: what `fused-kopt tune` stored for this device, or the defaults."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    tuned = tuning.lookup(tuning.kernel_hash(update_bucket, rules.compiled(rule)), name, dtypes) if name else None
+    return tuned or Config(block_size(dtypes[0]), THREADS // driver.active.get_current_target().warp_size)
+
+
 def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], Tensor | None], None]:
     """A function of the scalars and factors that launches an update (`fused_kopt.execute.Update`): once per gradient dtype."""
     bucket = update.bucket
     interpret = interprets(bucket.device)
     by_pointer = interpret or bucket.compute == torch.float64
-    block = _interpreter_block(bucket.segments) if interpret else block_size(bucket.dtype)
-    tables, wrap = _tables(update, block), rules.interpreted if interpret else rules.compiled
-    build = Build(type(update.scalars)) if by_pointer else None
+    wrap, build = rules.interpreted if interpret else rules.compiled, Build(type(update.scalars)) if by_pointer else None
     calls = []
-    for dtype, table in update.segment_tables().items() if tables.grid else ():
-        kinds = (TRITON_DTYPE[bucket.dtype], TRITON_DTYPE[dtype], TRITON_DTYPE[bucket.compute])
-        calls.append((tables.segments(table, dtype), (wrap(update.rule), wrap(prepare), build, *kinds, block)))
+    for dtype, table in update.segment_tables().items():
+        block, warps = _interpreter_block(bucket.segments), 0
+        if not interpret:
+            block, warps = configuration(update.rule, bucket.device, (bucket.dtype, dtype))
+        tables, kinds = _tables(update, block), (TRITON_DTYPE[bucket.dtype], TRITON_DTYPE[dtype], TRITON_DTYPE[bucket.compute])
+        if tables.grid:
+            calls.append((tables, tables.segments(table, dtype), (wrap(update.rule), wrap(prepare), build, *kinds, block), warps))
 
     def launch(scalars: Sequence[float], factors: Tensor | None) -> None:
         numbers = _scalar_row(scalars, bucket.compute, bucket.device) if by_pointer else scalars
-        for segments, constants in calls:
+        for tables, segments, constants, warps in calls:
             arguments = (segments, tables.blocks, tables.unread(update) if factors is None else factors, update.slots, numbers)
-            _run(update_bucket, tables.grid, arguments, constants)
+            _run(update_bucket, tables.grid, arguments, constants, warps)
 
     return launch
 
 
-def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
-    """Launch a kernel. Arguments are tensors, or tuples of tensors or floats; the first is a tensor."""
+def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int = 0) -> None:
+    """Launch a kernel. Arguments are tensors, or tuples of tensors or floats; the first is a tensor. warps: 0 for the default."""
     global _launches
     with _counter_lock:
         _launches += 1
@@ -150,17 +162,17 @@ def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: tuple[An
         for tensor in arguments:
             if isinstance(tensor, Tensor) and tensor.is_cuda:  # it may have been made on another stream
                 tensor.record_stream(torch.cuda.current_stream())
-        _compiled(kernel, arguments, constants)[(grid, 1, 1)](*arguments, *constants)
+        _compiled(kernel, arguments, constants, warps)[(grid, 1, 1)](*arguments, *constants)
 
 
 # Compiled kernels by device, constants and kinds of tuples: Triton's own way to them costs a launch three times as much.
 _kernels: dict[Any, Any] = {}
 
 
-def _compiled(kernel: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> Any:
+def _compiled(kernel: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int) -> Any:
     key = (kernel, arguments[0].device, *((type(a), len(a)) for a in arguments if isinstance(a, tuple)), *constants)
     if key not in _kernels:
-        warps = THREADS // driver.active.get_current_target().warp_size
+        warps = warps or THREADS // driver.active.get_current_target().warp_size
         # explicit: the default of enable_fp_fusion flips between Triton releases, and with it the bits
         _kernels[key] = kernel.warmup(*arguments, *constants, grid=(1,), num_warps=warps, enable_fp_fusion=False)
     return _kernels[key]

@@ -1,9 +1,13 @@
-"""Options and markers: `--slow`, `gpu`, `slow`."""
+"""Options and markers: `--slow`, `gpu`, `slow`; the command line, the tuning cache."""
 
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from terminal import Result, Run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,6 +18,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def slow(request: pytest.FixtureRequest) -> bool:
     """Whether `--slow` was given."""
     return bool(request.config.getoption("--slow"))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command in a terminal in which no line wraps."""
+    from fused_kopt import cli
+
+    monkeypatch.setenv("COLUMNS", "250")
+
+    def call(*arguments: object) -> Result:
+        try:
+            code: Any = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty home directory; yields the tuning cache in it, which does not exist."""
+    from fused_kopt.kernels import tuning
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    tuning._stored.cache_clear()
+    yield tuning.path()
+    tuning._stored.cache_clear()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -14,44 +14,17 @@ import pytest
 import torch
 from matplotlib import colors, image
 from support import after_each
+from terminal import Result, Run
 
 import fused_kopt
-from fused_kopt import cli, demo, execute
+from fused_kopt import cli, execute
+from fused_kopt.commands import common, demo, variants, verify
 from fused_kopt.kernels import launch
 from fused_kopt.optimizers import registry
 
 CPU = torch.device("cpu")
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 EIGHT = ("sgd", "rmsprop", "adam", "adadelta", "adagrad", "adamax", "nadam", "ftrl")
-
-
-class Result(NamedTuple):
-    code: Any
-    out: str
-    err: str
-
-    @property
-    def rows(self) -> list[list[str]]:
-        """The cells of the printed table's lines."""
-        return [[cell.strip() for cell in line.split("│")[1:-1]] for line in self.out.splitlines() if line.startswith("│")]
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command in a terminal in which no line wraps."""
-    monkeypatch.setenv("COLUMNS", "250")
-
-    def call(*arguments: object) -> Result:
-        try:
-            code: Any = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return Result(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture
@@ -119,7 +92,7 @@ def test_verify(run: Run) -> None:
 
 
 def test_verify_covers_every_rule() -> None:
-    made = {name: make() for name, make in cli.VARIANTS.items()}
+    made = {name: make() for name, make in variants.VARIANTS.items()}
     own = {cls for cls in registry._REGISTRY.values() if cls.__module__.startswith("fused_kopt.")}
     assert {type(optimizer) for optimizer in made.values()} == own
     assert all(type(optimizer).__name__.lower() == name.split()[0] for name, optimizer in made.items())
@@ -130,9 +103,9 @@ def test_verify_covers_every_rule() -> None:
     assert reached == {f for f in public if f.__code__.co_varnames[: f.__code__.co_argcount] == ("p", "g", "slots", "s")}
 
 
-@pytest.mark.parametrize("dtype", cli.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", variants.DTYPES.values(), ids=str)
 def test_gradients_have_many_magnitudes_and_special_values(dtype: torch.dtype) -> None:
-    first, second = cli._gradients(dtype, CPU, 2)
+    first, second = verify._gradients(dtype, CPU, 2)
     sizes = first[-1][first[-1] != 0].abs().double().log10()
     special = second[2].double()
     assert [g.is_sparse for g in (*first, *second)] == [False] * 9 + [True, True, False]
@@ -198,7 +171,7 @@ def test_demo_fails_where_a_step_differs(run: Run, tmp_path: Path) -> None:
 
 def test_demo_repeats_itself_and_leaves_torch_as_it_was() -> None:
     threads, state, data = torch.get_num_threads(), torch.get_rng_state(), demo.digits(CPU)
-    with demo.one_thread():
+    with common.one_thread():
         settings = [demo.Settings(epochs=1, seed=seed) for seed in (3, 3, 4)]
         first, again, other = (demo.train("adam", s, "reference", data, lambda: None).losses for s in settings)
     assert first == again != other

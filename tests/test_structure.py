@@ -26,6 +26,7 @@ MANY_PARAMETERS = {"update_block": 7}
 # `**options` of the constructors are Keras's; the other two take values by the names that configs and messages show.
 KEYWORDS = {"__init__", "_config", "check_not_negative"}
 
+OPTIMIZERS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", "registry", "rmsprop", "sgd")
 # From the bottom: a module imports from layers below its own, never upward, never sideways.
 LAYERS = (
     ("aggregate", "errors", "layout", "op", "optimizers.schedules", "slots", "tape", "tensors"),
@@ -39,29 +40,40 @@ LAYERS = (
     ("contract",),
     ("engine",),
     ("optimizer",),
-    tuple(
-        f"optimizers.{name}" for name in ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", "registry", "rmsprop", "sgd")
-    ),
+    tuple(f"optimizers.{name}" for name in OPTIMIZERS),
     ("optimizers",),
     ("",),
-    ("demo",),
+    ("commands",),
+    ("commands.architectures", "commands.common", "commands.variants"),
+    ("commands.demo", "commands.explain", "commands.info", "commands.tune", "commands.verify"),
     ("cli",),
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-KERNEL_LAYERS = (("cpp_build", "cpp_op", "op", "rebind", "update"), ("cpp", "norms", "rules"), ("cpp_launch", "launch"))
+KERNEL_LAYERS = (
+    ("cpp_build", "cpp_op", "machine_code", "op", "rebind", "tuning", "update"),
+    ("cpp", "norms", "rules"),
+    ("cpp_launch", "launch"),
+    ("offline",),
+    ("scratch",),
+)
 KERNEL_LEVEL = {f"kernels.{name}": level for level, layer in enumerate(KERNEL_LAYERS) for name in layer}
 
-# Imports inside functions, each for its reason.
-LAZY = {
+# Imports inside functions, each for its reason: here, machines without Triton say so.
+NEED_TRITON = {
+    "commands.explain": ("fused_kopt.kernels.machine_code", "fused_kopt.kernels.offline"),
+    "commands.info": ("triton",),
+    "commands.tune": (*(f"fused_kopt.kernels.{name}" for name in ("offline", "scratch", "tuning")), "triton.testing.do_bench"),
+}
+LAZY = {(module, name): "Triton" for module, names in NEED_TRITON.items() for name in names} | {
     ("execute", "fused_kopt.kernels.launch"): "machines without Triton run the reference",
     ("execute", "fused_kopt.kernels.cpp_build"): "only steps on CPU build C++",
     ("execute", "fused_kopt.kernels.cpp_launch"): "only steps on CPU build C++",
     ("contract", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
     ("hyperparameters", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
-    ("cli", "triton"): "machines without Triton say so",
-    ("demo", "sklearn.datasets.load_digits"): "the extra `demo`",
-    ("demo", "sklearn.model_selection.train_test_split"): "the extra `demo`",
-    ("demo", "matplotlib.figure.Figure"): "the extra `demo`",
+    ("commands.demo", "sklearn.datasets.load_digits"): "the extra `demo`",
+    ("commands.demo", "sklearn.model_selection.train_test_split"): "the extra `demo`",
+    ("commands.demo", "matplotlib.figure.Figure"): "the extra `demo`",
+    ("commands.tune", "matplotlib.figure.Figure"): "the extra `demo`",
 }
 FORBIDDEN = {
     "environment variables": r"\bos\.(?:environ|getenv|putenv)",
@@ -81,7 +93,8 @@ class Import(NamedTuple):
 @functools.cache
 def sources() -> dict[str, Path]:
     """Module name (without the package's) to file; the link is followed once, as kernels."""
-    files = [*(ROOT / "fused_kopt").glob("*.py"), *(ROOT / "fused_kopt/optimizers").glob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    folders = ("fused_kopt", "fused_kopt/optimizers", "fused_kopt/commands", "kernels")
+    files = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
     return {re.sub(r"^fused_kopt\.|\.?__init__$", "", ".".join(f.relative_to(ROOT).with_suffix("").parts)): f for f in files}
 
 
@@ -201,10 +214,7 @@ def public() -> Iterator[tuple[str, Any]]:
 
 
 def test_public_names_have_docstrings() -> None:
-    described = (property, type)
-    found = [
-        (name, value) for name, value in public() if isinstance(value, described) or inspect.isroutine(value) or inspect.ismodule(value)
-    ]
+    found = [(n, v) for n, v in public() if isinstance(v, (property, type)) or inspect.isroutine(v) or inspect.ismodule(v)]
     assert len(found) > 200
     assert [name for name, value in found if not inspect.getdoc(value)] == []
 
@@ -231,7 +241,7 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch, fused_kopt
-from fused_kopt import cli, demo
+from fused_kopt import cli
 variable = torch.ones(3)
 fused_kopt.SGD(learning_rate=0.5).apply_gradients([(torch.ones(3), variable)])
 assert variable.tolist() == [0.5] * 3

@@ -1,7 +1,5 @@
-"""The demo: Keras's eight optimizers train a small convolutional network on scikit-learn's digits, in a custom training loop."""
+"""`fused-kopt demo`: Keras's eight optimizers train a small convolutional network on scikit-learn's digits, in a custom training loop."""
 
-import contextlib
-import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fused_kopt import execute
+from fused_kopt.commands.common import RefusedError, one_thread, require, why_not, writable
 from fused_kopt.errors import FusedMismatchError
 from fused_kopt.execute import Chosen, Executor
 from fused_kopt.optimizer import Optimizer
@@ -41,6 +40,12 @@ OPTIMIZERS: dict[str, Callable[[], Optimizer]] = {
     "ftrl": lambda: Ftrl(0.07, initial_accumulator_value=0.0),
 }
 _EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+ABOUT = f"""Train a small convolutional network on scikit-learn's digits with each optimizer, in a custom training loop.
+
+Every {VERIFY_EVERY}th step also runs on copies through the reference. On a machine without a GPU the kernel runs in
+Triton's interpreter, about a minute in all. Needs pip install 'fused-kopt[demo]'.
+Exit code 1: a verified step differs from the reference, or a test accuracy is below {MIN_ACCURACY:.0%}.
+Example: fused-kopt demo --optimizers adam,ftrl --epochs 5 --out /tmp"""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Settings:
     names: tuple[str, ...] = tuple(OPTIMIZERS)
     epochs: int = EPOCHS
     out: Path = Path()
-    """An existing directory."""
+    """Made where it does not exist."""
     executor: Executor = "auto"
     seed: int = 0
 
@@ -80,11 +85,6 @@ class Digits(NamedTuple):
     labels: Tensor
     test_images: Tensor
     test_labels: Tensor
-
-
-def missing() -> list[str]:
-    """The packages of the `demo` extra that are not installed."""
-    return [package for module, package in _EXTRA.items() if importlib.util.find_spec(module) is None]
 
 
 def digits(device: torch.device) -> Digits:
@@ -156,17 +156,6 @@ def accuracy(model: nn.Module, data: Digits) -> float:
         return float((model(data.test_images).argmax(1) == data.test_labels).float().mean())
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """torch with one CPU thread: on small tensors a second gains nothing, and took 15 times as long on shared cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def smoothed(losses: Sequence[float], window: int) -> list[float]:
     """Means of the last `window` losses at every step; of fewer at the beginning."""
     return [sum(losses[max(0, i - window) : i]) / min(i, window) for i in range(1, len(losses) + 1)]
@@ -207,8 +196,12 @@ def main(settings: Settings, console: Console) -> int:
     """Train with every optimizer named, print the table and write the curves.
 
     Returns 0; or 1 if a verified step differs from the reference or an accuracy is below MIN_ACCURACY.
-    Raises RuntimeError where `triton` was asked for and is unavailable.
+    Raises RefusedError where an executor or a package is unavailable, or the directory cannot be made.
     """
+    if (reason := why_not(settings.executor)) is not None:
+        raise RefusedError(f"--executor {settings.executor}: {reason}")
+    require("the demo", _EXTRA)
+    writable(settings.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # on a CPU too, so that the demo runs the kernel's text: "auto" in the library prefers the faster reference there
     fused = settings.executor != "reference" and (settings.executor == "triton" or execute.why_not_triton() is None)
