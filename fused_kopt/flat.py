@@ -23,6 +23,27 @@ class Buffer(NamedTuple):
     segments: list[Segment]
 
 
+class Place(NamedTuple):
+    """Where a variable and its gradient lie."""
+
+    buffer: Tensor  # of the gradients
+    segment: Segment
+    address: int  # of the variable
+    gradient_address: int
+
+    def holds(self, gradient: Tensor | None) -> bool:
+        """Whether a gradient is the view that lies here."""
+        return gradient is not None and gradient.layout == torch.strided and self._same(gradient)
+
+    def _same(self, gradient: Tensor) -> bool:
+        return (gradient.data_ptr(), gradient.shape, gradient.stride()) == (self.gradient_address, self.segment.shape, self.segment.stride)
+
+    def fits(self, gradient: Tensor) -> bool:
+        """Whether a gradient can be copied here: dense, of the buffer's dtype and device, outside any graph."""
+        kinds = (gradient.layout, gradient.dtype, gradient.device, gradient.requires_grad)
+        return kinds == (torch.strided, self.buffer.dtype, self.buffer.device, False)
+
+
 class Flat:
     """Variables that are views of one flat buffer per device and dtype, and their gradients likewise.
 
@@ -32,7 +53,6 @@ class Flat:
 
     Attributes:
         variables: the distinct variables, in order.
-        gradients: a view of the flat gradients for each variable, in its shape.
         buffers: one per device and dtype: for one memset or one collective.
     """
 
@@ -40,47 +60,58 @@ class Flat:
         self.variables = list({id(v): v for v in variables}.values())
         _check(self.variables)
         self._by_hand = [not v.requires_grad for v in self.variables]
-        self.gradients: list[Tensor] = [v.detach() for v in self.variables]
         self.buffers: list[Buffer] = []
+        self._places: list[Place] = [None] * len(self.variables)  # type: ignore[list-item]
         self._arrived: set[int] = set()
         self._strayed = self._warned = False
-        self._hooks: list[Any] = []
+        self._references: list[int] = []
         with torch.no_grad():
             for members in _alike(self.variables):
                 self._move_in(members)
-        self._addresses = [v.data_ptr() for v in self.variables]
-        for position, variable in enumerate(self.variables):
-            if variable.requires_grad:
-                self._hooks.append(variable.register_post_accumulate_grad_hook(_Arrival(self, position)))  # type: ignore[no-untyped-call]
+        taught = [(i, v) for i, v in enumerate(self.variables) if not self._by_hand[i]]
+        self._hooks = [v.register_post_accumulate_grad_hook(_Arrival(self, i)) for i, v in taught]  # type: ignore[no-untyped-call]
 
     def _move_in(self, members: list[int]) -> None:
         """Give variables of one device and dtype their places. Values and gradients are kept."""
         segments = layout.plan(self.variables[i] for i in members)
         first = self.variables[members[0]]
-        buffers = torch.zeros((2, segments[-1].end), dtype=first.dtype, device=first.device)
-        self.buffers.append(Buffer(buffers[0], buffers[1], [self.variables[i] for i in members], segments))
+        # two memories, not halves of one: `whole` counts the references to each
+        values, grads = (torch.zeros(segments[-1].end, dtype=first.dtype, device=first.device) for _ in range(2))
+        self.buffers.append(Buffer(values, grads, [self.variables[i] for i in members], segments))
         for i, segment in zip(members, segments, strict=True):
             variable = self.variables[i]
-            here, self.gradients[i] = (b.as_strided(segment.shape, segment.stride, b.storage_offset() + segment.offset) for b in buffers)
-            variable.data = here.copy_(variable)
-            if variable.grad is not None:
-                self.gradients[i].copy_(variable.grad)
-            if variable.requires_grad:
-                variable.grad = self.gradients[i]
+            variable.data = self._view(values, segment).copy_(variable)
+            self._places[i] = Place(grads, segment, variable.data_ptr(), self._view(grads, segment).data_ptr())
+            if not self._by_hand[i]:
+                self._bring_home(i)
+
+    @staticmethod
+    def _view(buffer: Tensor, segment: Segment) -> Tensor:
+        return buffer.as_strided(segment.shape, segment.stride, segment.offset)
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """A view of the flat gradients for each variable, in its shape; new ones at every call (`whole` counts references)."""
+        return [self._view(place.buffer, place.segment) for place in self._places]
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor]]:
         """(gradient, variable) pairs; the gradient of a variable that required none when it was flattened is its view."""
-        zipped = zip(self.gradients, self.variables, self._by_hand, strict=True)
-        return ((view if by_hand else variable.grad, variable) for view, variable, by_hand in zipped)
+        for variable, place, by_hand in zip(self.variables, self._places, self._by_hand, strict=True):
+            yield (self._view(place.buffer, place.segment) if by_hand else variable.grad), variable
 
     def whole(self) -> bool:
-        """Whether every variable and gradient lies in its place. O(1) if autograd brought every gradient since the last step."""
-        if len(self._arrived) == len(self.variables) and not self._strayed:
+        """Whether every variable and gradient lies in its place.
+
+        O(1) if autograd brought every gradient since the last step, and as many tensors use the buffers' memory as when it was
+        last found whole: a variable or gradient that was replaced no longer does.
+        """
+        counts = [_references(tensor) for buffer in self.buffers for tensor in buffer[:2]]
+        if len(self._arrived) + sum(self._by_hand) == len(self.variables) and not self._strayed and counts == self._references:
             return True
-        stray = self._first_stray()
+        stray = next((i for i, pair in enumerate(self) if not self._at_home(i, *pair)), None)
         if stray is None:
-            self._strayed = False
-        elif not self._warned and self.variables[stray].data_ptr() != self._addresses[stray]:
+            self._strayed, self._references = False, counts
+        elif not self._warned and self.variables[stray].data_ptr() != self._places[stray].address:
             self._warned = True
             logger.warning(
                 "%s has left its flat buffer (`.data =`, `.to()`, a memory format): steps go on with its new memory, but no "
@@ -89,22 +120,26 @@ class Flat:
             )
         return stray is None
 
-    def _first_stray(self) -> int | None:
-        """The first variable that is not in its place or whose gradient is not."""
-        for position, ((gradient, variable), view, address) in enumerate(zip(self, self.gradients, self._addresses, strict=True)):
-            if gradient is not view or variable.data_ptr() != address or variable.shape != view.shape:
-                return position
-        return None
+    def _at_home(self, position: int, gradient: Tensor | None, variable: Tensor) -> bool:
+        place = self._places[position]
+        return variable.data_ptr() == place.address and variable.shape == place.segment.shape and place.holds(gradient)
+
+    def _bring_home(self, position: int) -> None:
+        """Copy a gradient into its place, and a None as it is: with zeros."""
+        place, variable = self._places[position], self.variables[position]
+        view = self._view(place.buffer, place.segment)
+        if variable.grad is None:
+            view.zero_()
+        elif not place.holds(variable.grad):
+            view.copy_(variable.grad)
+        variable.grad = view
 
     def gather(self) -> None:
         """Bring every gradient into its place; one that is None becomes zeros."""
-        if self.whole():
-            return
-        with torch.no_grad():
-            for variable, view in zip(self.variables, self.gradients, strict=True):
-                if variable.requires_grad and variable.grad is not view:
-                    view.copy_(variable.grad if variable.grad is not None else torch.zeros_like(view))
-                    variable.grad = view
+        if not self.whole():
+            with torch.no_grad():
+                for position in (i for i, by_hand in enumerate(self._by_hand) if not by_hand):
+                    self._bring_home(position)
 
     def stepped(self) -> None:
         """A step has used the gradients: the next one waits for new ones."""
@@ -114,22 +149,22 @@ class Flat:
         """Set all gradients to zero: one operation per buffer. Gradients that were set to None are back in their places."""
         for buffer in self.buffers:
             buffer.gradients.zero_()
-        for variable, view in zip(self.variables, self.gradients, strict=True):
-            if variable.requires_grad and variable.grad is None:
-                variable.grad = view
+        for variable, place, by_hand in zip(self.variables, self._places, self._by_hand, strict=True):
+            if not by_hand and variable.grad is None:
+                variable.grad = self._view(place.buffer, place.segment)
         self._arrived.clear()
 
     def restore(self) -> None:
         """Give every variable and gradient memory of its own again. Nothing happens to those that have left, or a second time."""
         with torch.no_grad():
-            for variable, view, address in zip(self.variables, self.gradients, self._addresses, strict=True):
-                if variable.data_ptr() == address:
+            for variable, place in zip(self.variables, self._places, strict=True):
+                if variable.data_ptr() == place.address:
                     variable.data = layout.clone(variable, variable.stride())
-                if variable.grad is view:
-                    variable.grad = layout.clone(view, view.stride())
+                if variable.grad is not None and place.holds(variable.grad):
+                    variable.grad = layout.clone(variable.grad, variable.grad.stride())
         for hook in self._hooks:
             hook.remove()
-        self.variables, self.gradients, self.buffers, self._addresses, self._hooks = [], [], [], [], []
+        self.variables, self.buffers, self._places, self._by_hand, self._hooks = [], [], [], [], []
 
     def __enter__(self) -> Self:
         return self
@@ -145,21 +180,19 @@ class _Arrival:
         self.flat, self.position = flat, position
 
     def __call__(self, variable: Tensor) -> None:
-        flat, position = self.flat, self.position
-        view, gradient = flat.gradients[position], variable.grad
-        if gradient is not view:
-            if gradient is None or gradient.layout != torch.strided or gradient.requires_grad or _kind(gradient) != _kind(view):
-                flat._strayed = True
-                return
-            view.detach().copy_(gradient)
-            variable.grad = view
-        if variable.data_ptr() != flat._addresses[position]:
+        flat, place, gradient = self.flat, self.flat._places[self.position], variable.grad
+        if gradient is None or not place.fits(gradient) or variable.data_ptr() != place.address:
             flat._strayed = True
-        flat._arrived.add(position)
+            return
+        if not place.holds(gradient):
+            with torch.no_grad():
+                flat._bring_home(self.position)
+        flat._arrived.add(self.position)
 
 
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.device
+def _references(tensor: Tensor) -> int:
+    """How many tensors use this one's memory."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 def _alike(variables: list[Tensor]) -> list[list[int]]:

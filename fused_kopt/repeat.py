@@ -211,7 +211,7 @@ class Repeats:
     def remember(self, flat: Flat) -> None:
         """The latest step was this Flat's: if it is whole and the step can be repeated, the next ones need not look at its tensors."""
         repeat = self._kept[0] if flat.whole() and self._kept else None
-        if repeat and repeat.meets(flat.gradients, flat.variables):
+        if repeat and repeat.meets([gradient for gradient, _ in flat], flat.variables):
             self._flat = Known(flat, repeat, repeat.together(flat), repeat.gradient_addresses)
 
     def learn(

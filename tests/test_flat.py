@@ -182,6 +182,39 @@ def test_a_moved_variable_trains_on(name: str, executor: str, caplog: pytest.Log
     assert told == (name in ("data", "memory format", "vector"))
 
 
+def doubled(net: nn.Module) -> None:
+    net[3].weight.grad = net[3].weight.grad * 2
+
+
+BETWEEN = {
+    "gradient replaced": doubled,
+    "gradient dropped": lambda net: setattr(net[3].weight, "grad", None),
+    "gradient in place": lambda net: nn.utils.clip_grad_norm_(net.parameters(), 0.1),
+    "variable replaced": moved,
+    "variable in place": lambda net: nn.init.constant_(net[3].weight, 0.25),
+    "slots replaced": lambda net: None,
+}
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_changes_between_backward_and_step_counts(name: str, executor: str) -> None:
+    results = []
+    for flatten in (False, True):
+        net, optimizer = model(), support.build("adam", executor)
+        given: Any = optimizer.flatten(net.parameters()) if flatten else list(net.parameters())
+        train(optimizer, net, given, range(3))
+        for step in range(3, 6):
+            net.zero_grad()
+            loss(net, step).backward()
+            BETWEEN[name](net)  # type: ignore[operator]
+            if name == "slots replaced":
+                optimizer.set_weights([w * 0 + 1 for w in optimizer.get_weights()])
+            optimizer.apply_gradients(given if flatten else [(p.grad, p) for p in given])
+        results.append(support.state(optimizer, list(net.parameters())))
+    support.assert_same(results[0], results[1], name)
+
+
 @pytest.mark.parametrize("change", [lambda net: net.double(), lambda net: net.half()])
 def test_another_dtype_is_refused_as_ever(change: Any) -> None:
     net, optimizer = model(), support.build("sgd", "compiled")

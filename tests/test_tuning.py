@@ -25,6 +25,7 @@ from fused_kopt.kernels import launch, offline, scratch, tuning
 from fused_kopt.kernels.offline import Spec
 from fused_kopt.kernels.scratch import Scratch
 from fused_kopt.kernels.tuning import Config
+from fused_kopt.kernels.update import update_bucket
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -115,7 +116,7 @@ def test_a_scratch_launch_computes_the_same_in_every_block_size(dtype: torch.dty
     results = []
     for block in (64, 1024):
         buffers = Scratch(spec, scalars, 200, torch.device("cpu"))
-        launch._interpret(-(-200 // block), buffers.arguments(block), spec.constants(block, interpret=True))
+        launch._run(update_bucket, -(-200 // block), buffers.arguments(block), tuple(spec.constants(block, interpret=True).values()))
         results.append((buffers.variable, *buffers.slots))
     one = torch.ones(200, dtype=spec.compute)
     row = kernel.scalars(*torch.tensor(scalars, dtype=spec.compute).unbind())
