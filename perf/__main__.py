@@ -50,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--variants", help=f"comma-separated, of {', '.join(VARIANTS)} (default: the plan's, else plain)")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    made.add_argument("--sample", type=int, help="take about one element in so many; reduced further only where memory is short")
+    made.add_argument(
+        "--sample", type=int, help="take about one element in so many, a power of two; reduced further only where memory is short"
+    )
     made.add_argument(
         "--budget-seconds", type=float, default=BUDGET, help="samples workloads and drops the last cases (default: %(default)s)"
     )
@@ -83,8 +85,8 @@ def main(arguments: Sequence[str]) -> int:
     options = made.parse_args(arguments)
     device = torch.device(options.device)
     try:
-        if options.sample is not None and options.sample < 1:
-            raise ValueError(f"--sample must be at least 1. Received: {options.sample}.")
+        if options.sample is not None and (options.sample < 1 or options.sample & (options.sample - 1)):
+            raise ValueError(f"--sample must be a power of two. Received: {options.sample}.")
         wanted, providers = entries(options, device), plan.select(options.providers.split(","))
     except ValueError as error:
         made.error(str(error))

@@ -15,11 +15,12 @@ from perf.cases import Runner
 MIB = 2**20
 TRIAD_BYTES = 128 * MIB  # per array; several times any level-3 cache
 COPY_BYTES = 1024 * MIB
-BEST_OF = 20
+BEST_OF = 20  # a busy neighbour spoils some of them
 FLUSHED = 256 * MIB  # an H100's L2 holds 50 MiB
 FLUSH_BELOW = 1024 * MIB  # larger steps flush the cache themselves
 CLOCK_HZ = 2e9  # of a GPU at most: cycles of sleep per second
 LONGEST_SLEEP = 0.1
+cuda: Any = torch.cuda  # untyped in parts
 
 
 class Sample(NamedTuple):
@@ -48,7 +49,7 @@ class Clock(Protocol):
 
 
 def best(run: Callable[[], float]) -> float:
-    """The shortest of several runs, after one to warm up."""
+    """The shortest of several runs, after one that touches the memory."""
     run()
     return min(run() for _ in range(BEST_OF))
 
@@ -103,11 +104,11 @@ class CudaClock:
 
     def _host(self, runner: Runner) -> float:
         runner.prepare()
-        torch.cuda.synchronize()
+        cuda.synchronize()
         start = time.perf_counter()
         runner.step()
         host = time.perf_counter() - start
-        torch.cuda.synchronize()
+        cuda.synchronize()
         return host
 
     def _device(self, runner: Runner, host: float, flush: bool) -> float:
@@ -115,40 +116,40 @@ class CudaClock:
         if flush:
             self._flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda") if self._flush is None else self._flush
             self._flush.zero_()
-        torch.cuda.synchronize()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(int(CLOCK_HZ * min(LONGEST_SLEEP, 20e-6 + 1.2 * host)))
+        cuda.synchronize()
+        begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
+        cuda._sleep(int(CLOCK_HZ * min(LONGEST_SLEEP, 20e-6 + 1.2 * host)))
         begin.record()
         runner.step()
         end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        cuda.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
 
     def peak(self, runner: Runner) -> int:
         runner.prepare()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        resident = torch.cuda.memory_allocated()
+        cuda.synchronize()
+        cuda.reset_peak_memory_stats()
+        resident = cuda.memory_allocated()
         runner.step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - resident
+        cuda.synchronize()
+        return int(cuda.max_memory_allocated() - resident)
 
     def bandwidth(self) -> float:
         """A copy: one array read, one written."""
         source, target = (torch.ones(COPY_BYTES // 4, device="cuda") for _ in range(2))
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
 
         def copy() -> float:
             begin.record()
             target.copy_(source)
             end.record()
-            torch.cuda.synchronize()
-            return begin.elapsed_time(end) / 1e3
+            cuda.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
 
         return 2 * COPY_BYTES / best(copy)
 
     def free(self) -> int:
-        return int(torch.cuda.mem_get_info()[0])
+        return int(cuda.mem_get_info()[0])
 
 
 def highest(changes: Iterator[int]) -> int:

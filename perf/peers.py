@@ -111,7 +111,7 @@ class Torch(Provider):
 
 def captured(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
     """The replay of one step, captured after the steps that create its state on a side stream, as torch's notes ask."""
-    side = torch.cuda.Stream()
+    side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_STEPS):

@@ -11,7 +11,7 @@ from perf.cases import OPTIMIZERS, SLOTS, Case
 from perf.measure import LEAST, WARM
 from perf.peers import PEERS
 from perf.providers import Borrowed, Cost, Flat, Provider
-from perf.workloads import MODELS, REPLICAS, SWEEP, WORKLOADS, Sampled, sampled
+from perf.workloads import MODELS, REPLICAS, SWEEP, WORKLOADS, sampled
 
 PROVIDERS: tuple[Provider, ...] = (
     Borrowed("reference", Cost(25, 200)),
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
 EVERY = ("*",)
 FAST = ("fused_kopt-[!r]*", "torch-*", "keras-*", "optimi-*", "flashoptim-*")  # all but the reference
 FEW = ("fused_kopt-[!r]*", "torch-fused", "torch-graph")
-HOST = ("fused_kopt-*", "torch-*")
+HOST = ("fused_kopt-*", "torch-*", "keras-*")
 
 
 def default_plan(device: torch.device) -> list[Entry]:
@@ -54,7 +54,10 @@ def default_plan(device: torch.device) -> list[Entry]:
     entries += [Entry(name, "5000x64", f32, "plain", HOST) for name in ("adam", *OPTIMIZERS)]
     entries += [Entry("adam", name, f32, "plain", FEW if name in LARGE else FAST) for name in MODELS + REPLICAS]
     entries += [Entry("adam", name, f32, kind, FAST) for kind in ("clip", "fresh") for name in ("25x1M", "5000x64", "W1")]
-    return list({entry[:4]: entry for entry in reversed(entries)}.values())[::-1]
+    first: dict[tuple[object, ...], Entry] = {}
+    for entry in entries:
+        first.setdefault(entry[:4], entry)
+    return list(first.values())
 
 
 def select(patterns: Sequence[str]) -> list[Provider]:
@@ -82,20 +85,22 @@ def needed_seconds(case: Case, providers: Sequence[Provider]) -> float:
 
 
 def halvings(case: Case, first: int) -> Iterator[Case]:
-    """The case with every `first`-th element, then with halves of that, down to almost nothing."""
+    """The case with every `first`-th element, then with halves of that, down to tensors of one row."""
     shapes, factor = WORKLOADS[case.workload].shapes, first
-    while True:
-        part: Sampled = sampled(shapes, factor)
+    rows = 2
+    while rows > 1:
+        part = sampled(shapes, factor)
+        rows = max(shape[0] for shape in part.shapes)
         yield replace(case, sample=part.sample, shapes=part.shapes)
         factor *= 2
 
 
 def fit(case: Case, able: Callable[[Case], Sequence[Provider]], free: float, seconds: float, sample: int | None) -> Case:
-    """The largest sample that fits memory and time. A `sample` that was asked for is reduced for memory only."""
+    """The largest sample that fits memory and time, or the smallest. One that was asked for is reduced for memory only."""
     for smaller in halvings(case, sample or 1):
+        case = smaller
         providers = able(smaller)
         fits = needed_bytes(smaller, providers) <= MEMORY_SHARE * free
-        quick = sample is not None or needed_seconds(smaller, providers) <= seconds
-        if (fits and quick) or smaller.elements <= len(smaller.shapes):
-            return smaller
-    raise AssertionError("halvings do not end")
+        if fits and (sample is not None or needed_seconds(smaller, providers) <= seconds):
+            break
+    return case

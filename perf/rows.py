@@ -171,6 +171,11 @@ def device_name(device: torch.device) -> str:
     return f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
+def on_cpu(device: str) -> bool:
+    """Whether a device's name is a CPU's."""
+    return device.endswith(" cores")
+
+
 def git_commit() -> str:
     """The commit measured, with -dirty where the code is not it; results and documents do not count."""
     try:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from perf.cases import DTYPES, OPTIMIZERS, VARIANTS
 from perf.plan import HEADLINE, PROVIDERS
-from perf.rows import Row
+from perf.rows import Row, on_cpu
 from perf.workloads import MODELS, REPLICAS, WORKLOADS, elements
 
 ASSUMED_COPY = 3.0e12  # an H100's, bytes per second, until a run has measured a GPU
@@ -159,18 +159,24 @@ def predicted(moved: float, copy: float) -> float:
 
 
 def predictions(cases: Cases) -> str:
-    """Per workload what a GPU should need, and what one needed."""
-    gpu = [key for key in cases if not key.device.endswith("cores")]
-    copy = max((cases[key].any.copy_gb_per_s * 1e9 for key in gpu), default=ASSUMED_COPY)
+    """Per workload what a GPU should need, and what it needed; before any was measured, for an H100 as others measured it."""
+    gpus = sorted({key.device for key in cases if not on_cpu(key.device)})
+    if not gpus:
+        return _predictions({}, f"H100, copy assumed at {ASSUMED_COPY / 1e12:.3g} TB/s", ASSUMED_COPY)
+    parts = []
+    for device in gpus:
+        own = {key.workload: found for key, found in cases.items() if key.device == device and key.plain and key.optimizer == "adam"}
+        copy = max(found.any.copy_gb_per_s for key, found in cases.items() if key.device == device) * 1e9
+        parts.append(_predictions(own, f"{device}, copy measured at {copy / 1e12:.3g} TB/s", copy))
+    return "\n\n".join(parts)
+
+
+def _predictions(measured: dict[str, Found], caption: str, copy: float) -> str:
     lines = []
     for name in MODELS:
         size = elements(WORKLOADS[name].shapes)
-        measured = [cases[key].ours for key in gpu if key.plain and (key.optimizer, key.workload) == ("adam", name)]
-        whole = [step(row) for row in measured if row.sample == "all"]
+        whole = measured[name].ours if name in measured and measured[name].any.sample == "all" else None
         times = [seconds(predicted(size * moved, copy)) for moved in MOVED]
-        lines.append([name, WORKLOADS[name].title, f"{size:,}", *times, seconds(size * max(MOVED) / copy), "; ".join(whole) or "not yet"])
+        lines.append([name, WORKLOADS[name].title, f"{size:,}", seconds(size * max(MOVED) / copy), *times, step(whole) or "not yet"])
     header = [f"{names} ({moved} bytes)" for moved, names in MOVED.items()]
-    source = "measured" if gpu else "assumed"
-    return f"Copy bandwidth ({source}): {copy / 1e12:.3g} TB/s.\n\n" + markdown(
-        ["", "workload", "elements", *header, "floor at 28 bytes", "Adam measured"], lines
-    )
+    return f"{caption}\n\n" + markdown(["", "workload", "elements", "floor at 28 bytes", *header, "Adam, measured"], lines)

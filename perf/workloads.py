@@ -20,7 +20,7 @@ class Workload(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What remains of a workload. `sample` says how much: all, tensors/k (every k-th) or rows/k (first dimensions divided)."""
+    """What remains of a workload. `sample` says how much: all, or tensors/k (every k-th), rows/k (first dimensions divided), or both."""
 
     sample: str
     shapes: list[Shape]
@@ -32,14 +32,16 @@ def elements(shapes: list[Shape]) -> int:
 
 
 def sampled(shapes: list[Shape], factor: int) -> Sampled:
-    """About one element in `factor`: every factor-th tensor, or, where too few would remain, all with fewer rows."""
-    if factor < 1:
-        raise ValueError(f"`factor` must be at least 1. Received: factor={factor}.")
-    if factor == 1:
-        return Sampled("all", shapes)
-    if len(shapes) >= LEAST_TENSORS * factor:
-        return Sampled(f"tensors/{factor}", shapes[::factor])
-    return Sampled(f"rows/{factor}", [(max(1, shape[0] // factor), *shape[1:]) for shape in shapes])
+    """About one element in `factor`, a power of two: fewer tensors, and where too few would remain, fewer rows of them."""
+    if factor < 1 or factor & (factor - 1):
+        raise ValueError(f"`factor` must be a power of two. Received: factor={factor}.")
+    tensors = factor
+    while tensors > 1 and len(shapes) < LEAST_TENSORS * tensors:
+        tensors //= 2
+    rows = factor // tensors
+    kept = [(max(1, shape[0] // rows), *shape[1:]) for shape in shapes[::tensors]]
+    parts = [f"{what}/{divisor}" for what, divisor in (("tensors", tensors), ("rows", rows)) if divisor > 1]
+    return Sampled(" ".join(parts) or "all", kept)
 
 
 def _resnet50() -> tuple[tuple[int, Shape], ...]:
