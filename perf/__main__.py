@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from perf import plan, report, rows, run
+from perf import plan, rows, run
 from perf.cases import DTYPES, OPTIMIZERS, VARIANTS
 from perf.plan import Entry
 from perf.workloads import WORKLOADS
@@ -79,6 +79,8 @@ def entries(options: argparse.Namespace, device: torch.device) -> list[Entry]:
 def main(arguments: Sequence[str]) -> int:
     """Measure or report; returns the exit code."""
     if arguments[:1] == ["report"]:
+        from perf import report  # matplotlib may be missing where only measurements are made
+
         report.main(arguments[1:])
         return 0
     made = parser()

@@ -120,7 +120,12 @@ def captured(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
-    return graph.replay
+
+    def replay() -> torch.optim.Optimizer:
+        graph.replay()
+        return optimizer  # the graph writes its state, which must live as long
+
+    return replay
 
 
 class Keras(Provider):
@@ -194,14 +199,14 @@ class Flash(Provider):
         return clipped(case, tensors, cls(tensors.variables, lr=RATE, master_weight_bits=bits, **options).step)
 
 
-# nanoseconds per element and microseconds per tensor, see Cost
+# nanoseconds per element, microseconds per tensor, bytes of temporaries per element: see Cost
 PEERS: tuple[Provider, ...] = (
-    Torch("foreach", Cost(9, 10)),
+    Torch("foreach", Cost(9, 10, 8)),
     Torch("fused", Cost(1.3, 3)),
     Torch("compile", Cost(1.3, 30)),
     Torch("graph", Cost(1.3, 3)),
-    Keras("torch", Cost(9, 40)),
-    Optimi("loop", Cost(9, 20)),
+    Keras("torch", Cost(9, 40, 20)),
+    Optimi("loop", Cost(9, 20, 4)),
     Optimi("triton", Cost(1.3, 30)),
     Flash("triton", Cost(1.3, 30)),
 )

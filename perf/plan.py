@@ -14,7 +14,7 @@ from perf.providers import Borrowed, Cost, Flat, Provider
 from perf.workloads import MODELS, REPLICAS, SWEEP, WORKLOADS, sampled
 
 PROVIDERS: tuple[Provider, ...] = (
-    Borrowed("reference", Cost(25, 200)),
+    Borrowed("reference", Cost(25, 200, 30)),
     Borrowed("triton", Cost(1.3, 1)),
     Borrowed("compiled", Cost(1.3, 10)),
     Flat("triton", Cost(1.3, 0.1)),
@@ -25,8 +25,7 @@ HEADLINE = {"cpu": "1x25M", "cuda": "W4"}  # where all optimizers and dtypes are
 LARGE = ("W6", "W8", "W9", "W12", "W13", "W15")  # with few providers, so that more of them fits a GPU
 GPU_SPEED = 80  # a GPU's bandwidth over that of the CPU for which Cost is
 SETUP_NS = 20  # drawing one element on CPU
-MEMORY_SHARE = 0.6
-TEMPORARY_BYTES = 12  # per element: three live temporaries, the most that a peer has
+MEMORY_SHARE = 0.8
 
 
 class Entry(NamedTuple):
@@ -41,7 +40,7 @@ class Entry(NamedTuple):
 
 EVERY = ("*",)
 FAST = ("fused_kopt-[!r]*", "torch-*", "keras-*", "optimi-*", "flashoptim-*")  # all but the reference
-FEW = ("fused_kopt-[!r]*", "torch-fused", "torch-graph")
+FEW = ("fused_kopt-[!r]*", "torch-fused")
 HOST = ("fused_kopt-*", "torch-*", "keras-*")
 
 
@@ -74,7 +73,8 @@ def needed_bytes(case: Case, providers: Sequence[Provider]) -> float:
     sets = 3 if case.variant == "fresh" else 2
     flat = 2 * sum(isinstance(provider, Flat) for provider in providers)
     slots = SLOTS[case.optimizer] * sum(provider.slot_bytes(case) for provider in providers)
-    return case.elements * ((sets + flat) * case.dtype.itemsize + slots + TEMPORARY_BYTES)
+    temporary = max((provider.cost.temporary_bytes for provider in providers), default=0)
+    return case.elements * ((sets + flat) * case.dtype.itemsize + slots + temporary)
 
 
 def needed_seconds(case: Case, providers: Sequence[Provider]) -> float:
@@ -96,11 +96,15 @@ def halvings(case: Case, first: int) -> Iterator[Case]:
 
 
 def fit(case: Case, able: Callable[[Case], Sequence[Provider]], free: float, seconds: float, sample: int | None) -> Case:
-    """The largest sample that fits memory and time, or the smallest. One that was asked for is reduced for memory only."""
+    """The largest sample that fits memory and time, or the smallest.
+
+    One that was asked for, and the headline workload, are reduced for memory only.
+    """
+    patient = sample is not None or case.workload == HEADLINE[case.device.type]
     for smaller in halvings(case, sample or 1):
         case = smaller
         providers = able(smaller)
         fits = needed_bytes(smaller, providers) <= MEMORY_SHARE * free
-        if fits and (sample is not None or needed_seconds(smaller, providers) <= seconds):
+        if fits and (patient or needed_seconds(smaller, providers) <= seconds):
             break
     return case

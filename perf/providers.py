@@ -1,5 +1,6 @@
 """What a provider is, and ours."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -35,6 +36,8 @@ class Cost(NamedTuple):
 
     ns_per_element: float
     us_per_tensor: float
+    temporary_bytes: float = 0.0
+    """Per element, on any device."""
 
     def seconds(self, elements: int, tensors: int) -> float:
         """Of one step."""
@@ -86,7 +89,7 @@ class Borrowed(Provider):
             return f"the interpreter takes seconds beyond {INTERPRETED_ELEMENTS:,} elements or {INTERPRETED_TENSORS} tensors"
         if self.executor == "reference" and len(case.shapes) > REFERENCE_TENSORS:
             return f"the reference takes seconds beyond {REFERENCE_TENSORS:,} tensors"
-        return unavailable(case, self.executor)
+        return unavailable(self.executor, case.optimizer, case.dtype, case.device)
 
     def slot_bytes(self, case: Case) -> float:
         return max(4, case.dtype.itemsize)
@@ -119,11 +122,12 @@ class Flat(Borrowed):
         return Runner(lambda: optimizer.apply_gradients(flat), variables, lambda: None)
 
 
-def unavailable(case: Case, executor: Executor) -> str | None:
-    """Why our executor is not available on the case's device, or None: tried on one element. Other failures are the run's to report."""
-    variable = torch.ones(1, dtype=case.dtype, device=case.device)
+@functools.cache
+def unavailable(executor: Executor, optimizer: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why our executor is not available on a device, or None: tried on one element. Other failures are the run's to report."""
+    variable = torch.ones(1, dtype=dtype, device=device)
     try:
-        OURS[case.optimizer](executor, None).apply_gradients([(torch.ones_like(variable), variable)])
+        OURS[optimizer](executor, None).apply_gradients([(torch.ones_like(variable), variable)])
     except RuntimeError as error:
         return str(error) if "is not available" in str(error) else None
     return None

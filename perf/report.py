@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from perf import figures, rows, tables
+from perf import rows, tables
 from perf.rows import ROOT, Row
 
 PAGES = (ROOT / "README.md", ROOT / "docs/performance.md")
@@ -36,6 +36,8 @@ def filled(text: str, built: dict[str, str]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Draw and fill from the committed rows."""
+    from perf import figures  # so that tables need no matplotlib
+
     parser = argparse.ArgumentParser("python -m perf report", description=__doc__)
     parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of the CSV files (default: %(default)s)")
     found = rows.read_all(parser.parse_args(arguments).results)

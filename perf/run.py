@@ -45,8 +45,7 @@ class Run:
 
     def _case(self, entry: Entry, wanted: Sequence[Provider], seconds: float) -> None:
         whole = Case(entry.optimizer, entry.workload, "all", [], entry.dtype, entry.variant, self.device)
-        sample = 1 if entry.workload in plan.HEADLINE.values() and self.sample is None else self.sample
-        case = plan.fit(whole, lambda c: [p for p in wanted if p.why_not(c) is None], self.clock.free(), seconds, sample)
+        case = plan.fit(whole, lambda c: [p for p in wanted if p.why_not(c) is None], self.clock.free(), seconds, self.sample)
         for provider in wanted:
             self._explain(provider, provider.why_not(case))
         able = [p for p in wanted if p.why_not(case) is None]

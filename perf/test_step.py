@@ -8,6 +8,8 @@ from perf import plan
 from perf.cases import OPTIMIZERS, Case, Tensors
 from perf.workloads import WORKLOADS
 
+# torch's compiler touches deprecated parts of itself
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 CPU = torch.device("cpu")
 LARGE = ("fused_kopt-compiled", "fused_kopt-flat-compiled", "torch-fused")
 SMALL = ("fused_kopt-compiled", "fused_kopt-flat-compiled", "fused_kopt-reference", "torch-fused", "torch-foreach")

@@ -15,7 +15,7 @@ import torch
 import fused_kopt
 from fused_kopt.cli import VARIANTS as OUR_VARIANTS
 from perf import __main__ as command
-from perf import clocks, figures, measure, plan, report, rows, run, tables
+from perf import clocks, measure, plan, report, rows, run, tables
 from perf.cases import CLIP, OPTIMIZERS, RATE, SLOTS, VARIANTS, Case, Runner, Tensors
 from perf.clocks import CpuClock, CudaClock, Sample
 from perf.providers import OURS, Borrowed, Cost, Provider
@@ -353,12 +353,13 @@ def test_samples_fit_time_and_memory(name: str) -> None:
     whole = replace(case(), workload=name, shapes=[])
     for free, seconds in ((2**33, 10.0), (2**28, 1e9), (2**50, 0.1), (2**50, 1e9)):
         fitted = plan.fit(whole, lambda _: providers, free, seconds, None)
-        assert fits(fitted, providers, free, seconds)
+        limit = 1e9 if name == plan.HEADLINE["cpu"] else seconds  # which is reduced for memory only
+        assert fits(fitted, providers, free, limit)
         factor = prod(int(number) for number in re.findall(r"\d+", fitted.sample))
         assert fitted.shapes == sampled(WORKLOADS[name].shapes, factor).shapes
         if factor > 1:
             larger = replace(fitted, shapes=sampled(WORKLOADS[name].shapes, factor // 2).shapes)
-            assert not fits(larger, providers, free, seconds)
+            assert not fits(larger, providers, free, limit)
     assert fitted.sample == "all"
     asked = plan.fit(whole, lambda _: providers, 2**50, 0.0, 4)
     assert asked.shapes == sampled(WORKLOADS[name].shapes, 4).shapes
@@ -461,6 +462,9 @@ def test_times_have_three_digits(value: float, text: str) -> None:
 
 
 def test_figures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from perf import figures
+
     keys = ("fused_kopt-compiled", "torch-fused", "keras-torch")
     found = [made(key, 0.01, workload="1x25M", optimizer=name) for key in keys for name in OPTIMIZERS]
     found += [made(key, 1e-5 * (i + 1), workload=name) for key in keys[:2] for i, name in enumerate(SWEEP)]
