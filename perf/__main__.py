@@ -13,7 +13,7 @@ from perf.cases import DTYPES, OPTIMIZERS, VARIANTS
 from perf.plan import Entry
 from perf.workloads import WORKLOADS
 
-BUDGET = 480.0
+BUDGET = 600.0
 EPILOG = f"""Without --optimizers, --workloads, --dtype and --variants a default plan is measured; with one of them, all their combinations.
 
 providers: {", ".join(provider.key for provider in plan.PROVIDERS)}

@@ -51,7 +51,7 @@ def roofline(cases: Cases, device: str) -> Figure:
             size = 60 if name.startswith("fused_kopt") else 28
             axes.scatter(*zip(*points, strict=True), color=color, s=size, label=LABELS.get(name, name), zorder=3)
     axes.set_xticks(range(len(names)), names)
-    axes.set_ylim(bottom=0, top=1.15 * stream if stream else 1)
+    axes.set_ylim(bottom=0)
     axes.set_ylabel("GB/s that the step must move")
     axes.set_title(f"{WORKLOADS[headline].title}, float32, {device}", fontsize=10)
     axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
@@ -63,7 +63,8 @@ def host_time(cases: Cases, device: str) -> Figure:
     found = {key.workload: series(value) for key, value in cases.items() if key.device == device and key.plain and key.optimizer == "adam"}
     figure, axes = blank()
     for name in SWEPT:
-        points = [(len(WORKLOADS[w].shapes), found[w][name].host_seconds * 1e6) for w in SWEEP if w in found and name in found[w]]
+        rows = [found[workload][name] for workload in SWEEP if workload in found and name in found[workload]]
+        points = [(row.tensors, row.host_seconds * 1e6) for row in rows]
         if points:
             axes.plot(*zip(*points, strict=True), color=COLORS[name], marker="o", label=LABELS.get(name, name))
     axes.set_xscale("log")

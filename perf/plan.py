@@ -11,7 +11,7 @@ from perf.cases import OPTIMIZERS, SLOTS, Case
 from perf.measure import LEAST, WARM
 from perf.peers import PEERS
 from perf.providers import Borrowed, Cost, Flat, Provider
-from perf.workloads import MODELS, REPLICAS, SWEEP, WORKLOADS, sampled
+from perf.workloads import MODELS, REPLICAS, SWEEP, WORKLOADS, elements, sampled
 
 PROVIDERS: tuple[Provider, ...] = (
     Borrowed("reference", Cost(25, 200, 30)),
@@ -22,6 +22,7 @@ PROVIDERS: tuple[Provider, ...] = (
     *PEERS,
 )
 HEADLINE = {"cpu": "1x25M", "cuda": "W4"}  # where all optimizers and dtypes are compared
+FEW_ELEMENTS = 1_000_000  # up to so many a workload is about its tensors' number, and never sampled for time
 LARGE = ("W6", "W8", "W9", "W12", "W13", "W15")  # with few providers, so that more of them fits a GPU
 GPU_SPEED = 80  # a GPU's bandwidth over that of the CPU for which Cost is
 SETUP_NS = 20  # drawing one element on CPU
@@ -98,9 +99,10 @@ def halvings(case: Case, first: int) -> Iterator[Case]:
 def fit(case: Case, able: Callable[[Case], Sequence[Provider]], free: float, seconds: float, sample: int | None) -> Case:
     """The largest sample that fits memory and time, or the smallest.
 
-    One that was asked for, and the headline workload, are reduced for memory only.
+    One that was asked for, the headline workload and those of few elements are reduced for memory only.
     """
-    patient = sample is not None or case.workload == HEADLINE[case.device.type]
+    few = elements(WORKLOADS[case.workload].shapes) <= FEW_ELEMENTS
+    patient = sample is not None or few or case.workload == HEADLINE[case.device.type]
     for smaller in halvings(case, sample or 1):
         case = smaller
         providers = able(smaller)

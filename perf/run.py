@@ -50,6 +50,7 @@ class Run:
             self._explain(provider, provider.why_not(case))
         able = [p for p in wanted if p.why_not(case) is None]
         self.log(case.name)
+        start = time.monotonic()
         try:
             outcome = measure(case, able, self.clock, seconds, self.log)
             self._stream()
@@ -61,7 +62,7 @@ class Run:
         self.failed |= {p.key for p in able if p.ours} & set(outcome.failed)
         found = [rows.row(case, result, self.provenance) for result in outcome.results]
         rows.append(self.out, found)
-        for line in summary(found):
+        for line in [*summary(found), f"  {time.monotonic() - start:.1f} s in all"]:
             self.log(line)
 
     def _stream(self) -> None:

@@ -83,6 +83,16 @@ def step(row: Row | None) -> str:
     return seconds(row.seconds) + ("" if row.host_seconds == row.seconds else f", host {seconds(row.host_seconds)}")
 
 
+def size(count: int) -> str:
+    """Bytes with three digits."""
+    return f"{float(f'{count / 2**20:.3g}'):g} MiB" if count >= 2**20 else f"{count / 1024:.0f} KiB"
+
+
+def named(name: str, found: Found) -> str:
+    """A line's name, with what was left out of its workload."""
+    return name if found.any.sample == "all" else f"{name} ({found.any.sample})"
+
+
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
@@ -117,7 +127,7 @@ def rows_for(cases: Cases, keep: Callable[[Key], bool], by: Callable[[Key], str]
 def optimizers(cases: Cases, workload: str) -> str:
     """All optimizers on one workload."""
     lines = rows_for(cases, lambda key: key.plain and key.workload == workload, lambda key: key.optimizer, OPTIMIZERS)
-    return markdown([f"optimizer on {workload}", *COMPARED], ([name, *compared(found)] for name, found in lines))
+    return markdown([f"optimizer on {workload}", *COMPARED], ([named(name, found), *compared(found)] for name, found in lines))
 
 
 def workloads(cases: Cases, headline: str) -> str:
@@ -139,7 +149,7 @@ def variants(cases: Cases, headline: str) -> str:
     wanted = [f"{w} {d} {v}" for w in WORKLOADS for d in DTYPES for v in VARIANTS]
     repeated = {key.workload for key in cases if not key.plain}
     lines = rows_for(cases, lambda key: key.optimizer == "adam" and key.workload in repeated, name, wanted)
-    return markdown(["Adam", *COMPARED], ([text, *compared(found)] for text, found in lines))
+    return markdown(["Adam", *COMPARED], ([named(text, found), *compared(found)] for text, found in lines))
 
 
 def providers(cases: Cases, headline: str) -> str:
@@ -149,8 +159,8 @@ def providers(cases: Cases, headline: str) -> str:
     for provider in PROVIDERS:
         found = [cells.rows.get(provider.key) for _, cells in chosen]
         if any(found):
-            lines.append([provider.key, *(f"{step(row)}, +{row.peak_bytes / 2**20:.3g} MiB" if row else "" for row in found)])
-    return markdown(["Adam", *(name for name, _ in chosen)], lines)
+            lines.append([provider.key, *(f"{step(row)}, +{size(row.peak_bytes)}" if row else "" for row in found)])
+    return markdown(["Adam", *(named(name, found) for name, found in chosen)], lines)
 
 
 def predicted(moved: float, copy: float) -> float:
