@@ -1,5 +1,6 @@
 """Launching the kernel: tables, block sizes, counters, and the choice between the compiler and the interpreter."""
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -144,35 +145,49 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], Tensor | None]
             block, warps = configuration(update.rule, bucket.device, (bucket.dtype, dtype))
         tables, kinds = _tables(update, block), (TRITON_DTYPE[bucket.dtype], TRITON_DTYPE[dtype], TRITON_DTYPE[bucket.compute])
         if tables.grid:
-            calls.append((tables, tables.segments(table, dtype), (wrap(update.rule), wrap(prepare), build, stride, *kinds, block), warps))
+            calls.append(
+                (tables, tables.segments(table, dtype), (wrap(update.rule), wrap(prepare), build, stride, *kinds, block), warps, [])
+            )
+
+    slots = update.slots
 
     def launch(scalars: Sequence[float], factors: Tensor | None) -> None:
         numbers = scalars
         if by_pointer:
             row = scalar_row(scalars if update.rows is None else update.rows, bucket) if update.current is None else update.current
             numbers = type(scalars)(*(row[i:] for i in range(len(scalars))))
-        for tables, segments, constants, warps in calls:
-            arguments = (segments, tables.blocks, tables.unread(update) if factors is None else factors, update.slots, numbers)
-            _run(update_bucket, tables.grid, arguments, constants, warps)
+        for tables, segments, constants, warps, known in calls:
+            arguments = (segments, tables.blocks, tables.unread(update) if factors is None else factors, slots, numbers)
+            _run(update_bucket, tables.grid, arguments, constants, warps, known)
 
     return launch
 
 
-def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int = 0) -> None:
-    """Launch a kernel. Arguments are tensors, or tuples of tensors or floats; the first is a tensor. warps: 0 for the default."""
+def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int = 0, known: Any = None) -> None:
+    """Launch a kernel. Arguments are tensors, or tuples of tensors or floats; the first is a tensor. warps: 0 for the default.
+
+    known: a list that keeps the compiled kernel for the next launch of the same constants and kinds of arguments.
+    """
     global _launches
     with _counter_lock:
         _launches += 1
-    if interprets(arguments[0].device):
+    first: Tensor = arguments[0]
+    if interprets(first.device):
         interpreted = interpreter.InterpretedFunction(rules.interpreted(kernel.fn))
         with _INTERPRETER_LOCK, np.errstate(all="ignore"):
             interpreted[(grid,)](*arguments, *constants)
         return
-    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, whatever its arguments lie on
-        for tensor in arguments:
-            if isinstance(tensor, Tensor) and tensor.is_cuda:  # it may have been made on another stream
-                tensor.record_stream(torch.cuda.current_stream())
-        _compiled(kernel, arguments, constants, warps)[(grid, 1, 1)](*arguments, *constants)
+    # Triton launches on the current device, whatever its arguments lie on
+    with torch.cuda.device_of(first) if first.is_cuda else contextlib.nullcontext():
+        if first.is_cuda:  # its memory may have been made on another stream
+            stream = torch.cuda.current_stream()
+            for tensor in arguments:
+                if isinstance(tensor, Tensor):
+                    tensor.record_stream(stream)
+        compiled = known[0] if known else _compiled(kernel, arguments, constants, warps)
+        if known is not None and not known:
+            known.append(compiled)
+        compiled[(grid, 1, 1)](*arguments, *constants)
 
 
 # Compiled kernels by device, constants and kinds of tuples: Triton's own way to them costs a launch three times as much.
