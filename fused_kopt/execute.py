@@ -207,10 +207,10 @@ def square_norms(norms: Any, table: Any, row: Tensor, executor: Chosen) -> Tenso
         if executor == "triton":
             from fused_kopt.kernels import launch
 
-            return launch.square_norms(norms, table, prepare.scale_and_clip, row)
+            return launch.square_norms(norms, table, prepare.scale_and_bound, row)
         from fused_kopt.kernels import cpp_launch
 
-        return cpp_launch.square_norms(norms, table, prepare.scale_and_clip, row)
+        return cpp_launch.square_norms(norms, table, prepare.scale_and_bound, row)
 
 
 class Stats(NamedTuple):
