@@ -202,6 +202,7 @@ def test_auto_compiles_where_it_pays() -> None:
     cpu = torch.device("cpu")
     assert execute.choose("auto", cpu, execute.WORTH_COMPILING - 1) == "reference"
     assert execute.choose("auto", cpu, execute.WORTH_COMPILING) == "compiled"
+    assert execute.choose("auto", cpu, 16, 16) == "compiled"  # many small tensors: the reference takes them one by one
     with pytest.raises(RuntimeError, match="not on cuda"):
         execute.choose("compiled", torch.device("cuda"))
 
