@@ -19,7 +19,7 @@ Executor = Literal["auto", "reference", "triton", "compiled"]
 Chosen = Literal["reference", "triton", "compiled"]
 EXECUTORS: tuple[Executor, ...] = ("auto", "reference", "triton", "compiled")
 
-# Elements from which `auto` compiles on CPU: building takes half a second once per machine, rule and dtype.
+# Elements from which `auto` compiles on CPU: building takes about 0.3 s once per machine, rule and dtypes.
 WORTH_COMPILING = 1 << 16
 
 # (p, g, slots, s) -> (p, slots); p, g and slots have one shape and dtype, s holds the step's scalars
@@ -170,7 +170,7 @@ def _why_not_on(device: torch.device) -> str | None:
 
 @functools.cache
 def warn_fallback(reason: str) -> None:
-    """Say once per reason that a GPU step takes the slow road."""
+    """Say once per reason that steps take the slow road."""
     warnings.warn(f"fused_kopt falls back to the reference executor, which is slower: {reason}", RuntimeWarning, stacklevel=2)
 
 
