@@ -104,7 +104,6 @@ class Engine(Contract):
         if done is None:
             done = self._apply_pairs(list(flat), aggregated)
             self._repeats.remember(flat)
-        flat.stepped()
         return done
 
     def _apply_pairs(self, given: Iterable[Any], aggregated: bool) -> Tensor | None:

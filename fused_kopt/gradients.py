@@ -28,12 +28,17 @@ def present(grads_and_vars: Iterable[Any]) -> list[tuple[Any, Any]]:
     if pairs and len(missing) == len(pairs):
         raise ValueError(f"No gradients provided for any variable: {missing}.")
     if missing:
-        logger.warning(
-            "Gradients do not exist for variables %s when minimizing the loss. If you're using `model.compile()`, "
-            "did you forget to provide a `loss` argument?",
-            missing,
-        )
+        warn_missing(missing)
     return [pair for pair in pairs if pair[0] is not None]
+
+
+def warn_missing(names: Sequence[str]) -> None:
+    """Keras's warning, at every step that it concerns."""
+    logger.warning(
+        "Gradients do not exist for variables %s when minimizing the loss. If you're using `model.compile()`, "
+        "did you forget to provide a `loss` argument?",
+        names,
+    )
 
 
 def _pair(pair: Any, position: int) -> tuple[Any, Any]:

@@ -68,7 +68,7 @@ class Optimizer(Engine):
             return self._apply_pairs(given, experimental_aggregate_gradients) if done is None else done
 
     def flatten(self, variables: Iterable[Tensor]) -> Flat:
-        """Move variables and their gradients into flat buffers, as views, so that a step costs the same for any number of them.
+        """Move variables and their gradients into flat buffers, as views: a step updates each buffer as one segment.
 
             flat = optimizer.flatten(model.parameters())
             for x, y in batches:
@@ -77,11 +77,12 @@ class Optimizer(Engine):
                 optimizer.apply_gradients(flat)
 
         The price: gradients are always there, so that autograd adds to them instead of handing over its own (16 bytes more per
-        float32 element; none where gradients are accumulated anyway); `zero_grad(set_to_none=True)` works and costs 8. What
-        `torch.save` writes of a part of the model contains the whole buffer. A variable that is moved (`.data =`, `.to()`)
-        keeps training from its new memory, and a warning says that steps are no longer in constant time. `flat.restore()`
-        undoes it all. Raises what `apply_gradients` raises for a variable, and ValueError for one whose memory is shared
-        with anything else: other processes, another tensor, a second Flat.
+        float32 element; none where gradients are accumulated anyway). After `zero_grad(set_to_none=True)` a step borrows what
+        autograd made. What `torch.save` writes of a part of the model contains the whole buffer. A variable that is moved
+        (`.data =`, `.to()`) keeps training from its new memory, and one warning says so. `flat.restore()` undoes it all.
+
+        Raises what `apply_gradients` raises for a variable, and ValueError for one whose memory is shared with anything else:
+        other processes, another tensor, a second Flat.
         """
         return Flat(tape.flatten(variables))
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from operator import is_
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
-from fused_kopt import clipping, execute, layout, tensors
+from fused_kopt import clipping, execute, gradients, layout, tensors
 from fused_kopt.buffers import Bucket
 from fused_kopt.clipping import Clips
 from fused_kopt.execute import Chosen, Executor, Rule, Update
@@ -135,11 +136,11 @@ class Repeat:
 def _together(update: Update, flat: Flat) -> Update | None:
     """An update of a bucket's one flat variable; None where its segments lie in another order."""
     bucket = update.bucket
-    for variables, gradients, members, segments in flat.buffers:
-        if segments == bucket.segments and all(map(is_, members, bucket.variables)):
+    for buffer in flat.buffers:
+        if buffer.segments == bucket.segments and all(map(is_, buffer.members, bucket.variables)):
             one = Bucket(bucket.device, bucket.dtype)
-            one.adopt([variables], layout.plan([variables]), bucket.flat)
-            return replace(update, bucket=one, variables=[variables], gradients=[gradients], tables=None)
+            one.adopt([buffer.variables], layout.plan([buffer.variables]), bucket.flat)
+            return replace(update, bucket=one, variables=[buffer.variables], gradients=[buffer.gradients], tables=None)
     return None
 
 
@@ -178,10 +179,12 @@ class Known(NamedTuple):
 
 
 def flattened(pairs: Any) -> tuple[Any, list[Any]]:
-    """The pairs, to be read once more, and gradients and variables in turn; of anything but a list or zip of pairs an empty list.
+    """The pairs, to be read once more, and gradients and variables in turn; an empty list of anything but an ordered iterable of pairs.
 
     5,000 tuples cost 2 ms, most of it the garbage collector's; zip makes one and uses it again.
     """
+    if isinstance(pairs, (tuple, map, filter, types.GeneratorType)):
+        pairs = list(pairs)
     if isinstance(pairs, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
         return pairs, list(itertools.chain.from_iterable(pairs))
     if isinstance(pairs, zip):
@@ -202,6 +205,15 @@ class Repeats:
 
     def find(self, flat: Sequence[Any], executor: Executor) -> Repeat | None:
         """The launches for gradients and variables in turn, holding their addresses; None where the long way must be taken."""
+        repeat = self._match(flat, executor)
+        if repeat is None and any(gradient is None for gradient in flat[::2]):
+            pairs = list(zip(flat[::2], flat[1::2], strict=True))
+            repeat = self._match([tensor for pair in pairs if pair[0] is not None for tensor in pair], executor)
+            if repeat is not None:
+                gradients.warn_missing([gradients.name(v, i) for i, (g, v) in enumerate(pairs) if g is None])
+        return repeat
+
+    def _match(self, flat: Sequence[Any], executor: Executor) -> Repeat | None:
         for position, repeat in enumerate(self._kept):
             if repeat.executor == executor and repeat.meets(flat[::2], flat[1::2]):
                 self._kept.insert(0, self._kept.pop(position))
@@ -209,7 +221,7 @@ class Repeats:
         return None
 
     def of(self, flat: Flat, together: bool, executor: Executor) -> Repeat | None:
-        """The launches for a Flat that is whole, in constant time; None where its tensors must be looked at.
+        """The launches for a Flat that is whole; None where its tensors must be looked at.
 
         together: whether its variables share their scalars and factors.
         """
@@ -220,9 +232,9 @@ class Repeats:
         return repeat if same else None
 
     def remember(self, flat: Flat) -> None:
-        """The latest step was this Flat's: if it is whole and the step can be repeated, the next ones need not look at its tensors."""
+        """The latest step was this Flat's: if it is whole and the step can be repeated, the next ones need not compare its tensors."""
         repeat = self._kept[0] if flat.whole() and self._kept else None
-        if repeat and repeat.meets([gradient for gradient, _ in flat], flat.variables):
+        if repeat and repeat.meets(flat.gradients, flat.variables):
             self._flat = Known(flat, repeat, repeat.together(flat), repeat.gradient_addresses)
 
     def learn(
@@ -239,4 +251,6 @@ class Repeats:
             or any(g.layout != torch.strided or g.data_ptr() not in borrowed for g, _ in pairs)
         ):
             return
-        self._kept = [Repeat(pairs, updates, chosen, executor), *self._kept[: KEPT - 1]]
+        repeat = Repeat(pairs, updates, chosen, executor)
+        others = [old for old in self._kept if len(old.variables) != len(pairs) or not all(map(is_, old.variables, repeat.variables))]
+        self._kept = [repeat, *others[: KEPT - 1]]

