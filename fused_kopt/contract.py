@@ -15,7 +15,7 @@ from typing_extensions import Self
 from fused_kopt import aggregate, hyperparameters, state
 from fused_kopt.execute import Executor
 from fused_kopt.hyperparameters import Hyperparameter, Options
-from fused_kopt.repeat import Repeats
+from fused_kopt.repeats import Repeats
 from fused_kopt.replays import Replays
 from fused_kopt.slots import Slot, SlotGroups
 

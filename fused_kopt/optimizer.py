@@ -11,7 +11,7 @@ from fused_kopt import execute, gradients, tape, updates, verification
 from fused_kopt.engine import Engine
 from fused_kopt.execute import Executor
 from fused_kopt.flat import Flat
-from fused_kopt.repeat import Repeats, flattened
+from fused_kopt.repeats import Repeats, flattened
 from fused_kopt.replays import Replays
 
 

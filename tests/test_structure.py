@@ -37,7 +37,7 @@ LAYERS = (
     ("clipping",),
     ("updates",),
     ("repeat",),
-    ("replays",),
+    ("repeats", "replays"),
     ("contract",),
     ("engine",),
     ("optimizer",),
