@@ -26,7 +26,7 @@ class Clips(NamedTuple):
     @property
     def neutral(self) -> bool:
         """Whether gradients stay as they are. Raises TypeError for a grad_scale that is no number."""
-        if not isinstance(self.grad_scale, Real):
+        if type(self.grad_scale) is not float and not isinstance(self.grad_scale, Real):
             raise TypeError(f"`grad_scale` must be a real number. Received: grad_scale={self.grad_scale!r}.")
         return self.grad_scale == 1.0 and self.clipvalue is None and not self.by_norm
 

@@ -16,6 +16,7 @@ from fused_kopt import aggregate, hyperparameters, state
 from fused_kopt.execute import Executor
 from fused_kopt.hyperparameters import Hyperparameter, Options
 from fused_kopt.repeat import Repeats
+from fused_kopt.replays import Replays
 from fused_kopt.slots import Slot, SlotGroups
 
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
@@ -53,6 +54,8 @@ class Contract(ABC):
         self._stepping = False
         self._torn = False
         self._repeats = Repeats()
+        self._replays: Replays | None = None
+        self._multipliers: dict[int, tuple[Tensor, float]] = {}  # by id of the variable
         lr = options.get("lr")
         self.learning_rate = learning_rate if lr is None else lr
         self.decay = self._initial_decay
@@ -219,7 +222,8 @@ class Contract(ABC):
             return self._state.add_slot(var, Slot(slot_name), shape, initializer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_stepping", "_repeats")}
+        own = {"_multipliers": list(self._multipliers.values())}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_stepping", "_repeats", "_replays")} | own
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)
@@ -228,6 +232,8 @@ class Contract(ABC):
         self._lock = threading.RLock()
         self._stepping = False
         self._repeats = Repeats()
+        self._replays = None
+        self._multipliers = {id(variable): (variable, m) for variable, m in values["_multipliers"]}
 
 
 def without_iterations(weights: Sequence[Any], expected: int) -> Sequence[Any]:

@@ -1,9 +1,8 @@
 """A step's course: what Optimizer's public methods call. From pairs to launches, their repetition, and the commit."""
 
 import contextlib
-import copy
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,9 +12,11 @@ from fused_kopt import aggregate, clipping, execute, gradients, hyperparameters,
 from fused_kopt.clipping import Clips
 from fused_kopt.contract import Contract
 from fused_kopt.errors import StaleVariableError, TornStepError
-from fused_kopt.execute import Chosen, Executor, Rule
+from fused_kopt.execute import Chosen, Rule, Update
 from fused_kopt.flat import Flat
 from fused_kopt.hyperparameters import Step
+from fused_kopt.repeat import Repeat, Scalars
+from fused_kopt.replays import Replays, capturing
 from fused_kopt.updates import Entry, Launch, Recipe, SparseRows
 
 
@@ -65,8 +66,10 @@ class Engine(Contract):
                 raise RuntimeError("re-entrant apply_gradients: something called it during a step of the same optimizer.")
             if self._torn:
                 raise TornStepError("An earlier step was interrupted between launches. Restore the variables, then call set_weights().")
-            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
-                raise RuntimeError("A step in a CUDA graph would replay this step's scalars for ever. Call it outside the capture.")
+            if capturing() and self._replays is None:
+                raise RuntimeError(
+                    "A step in a CUDA graph would replay this step's scalars for ever. Call prepare_replays() first, or step outside."
+                )
             self._stepping = True
             try:
                 yield
@@ -105,6 +108,8 @@ class Engine(Contract):
         return done
 
     def _apply_pairs(self, given: Iterable[Any], aggregated: bool) -> Tensor | None:
+        if capturing():
+            raise RuntimeError("This is not the step that prepare_replays() prepared: the same gradients and variables, in the same order.")
         pairs = gradients.check(gradients.present(given))
         self._check_known(pairs)
         pairs = self._transform(pairs, aggregated) if pairs else pairs
@@ -135,22 +140,47 @@ class Engine(Contract):
 
         given: a Flat, or gradients and variables in turn.
         """
-        if (
-            self._transformers
-            or self._verifying()
-            or (aggregated and (self._aggregator is not aggregate.all_reduce_sum or aggregate.replicated()))
-        ):
+        repeat = self._known(given, aggregated)
+        if repeat is None:
             return None
-        clips = self._clipping()
-        repeat = self._repeats.of(given, clips, self._executor) if isinstance(given, Flat) else self._repeats.find(given, self._executor)
-        if repeat is None or not repeat.applies(self.rule(), clips):
-            return None
+        repeat.clip(self._clipping())
+        if self._replays is not None and self._replays.repeat is repeat:
+            return self._step_of(self._replays)
         steps: dict[torch.dtype, Step] = {}
-        scalars = {compute: self._scalars(compute, steps) for compute in repeat.computes}
-        repeat.clip(clips)
+        scalars = self._scalars_of(repeat.updates, steps)
         self._torn = True
         repeat.run(scalars)
         return self._finish(repeat.variables, steps)
+
+    def _step_of(self, replays: Replays) -> Tensor:
+        self._torn = not capturing()
+        replays.step()
+        if not capturing():
+            torch.autograd.graph.increment_version(replays.repeat.variables)
+            replays.count(1)
+        self._torn = False
+        return self.iterations
+
+    def _known(self, given: Flat | Sequence[Any], aggregated: bool) -> Repeat | None:
+        """The launches of an earlier step like this one."""
+        reduced = aggregated and (self._aggregator is not aggregate.all_reduce_sum or aggregate.replicated())
+        if self._transformers or self._verifying() or reduced:
+            return None
+        clips = self._clipping()
+        if isinstance(given, Flat):
+            repeat = self._repeats.of(given, clips.clipnorm is None and not self._multipliers, self._executor)
+        else:
+            repeat = self._repeats.find(given, self._executor)
+        return repeat if repeat is not None and repeat.applies(self.rule(), clips) else None
+
+    def _repeatable(self, given: Flat | Sequence[Any]) -> Repeat:
+        """The same, or RuntimeError."""
+        repeat = self._known(given, aggregated=True)
+        if repeat is None:
+            raise RuntimeError(
+                "No step like this one can be repeated. Take one with these gradients and variables first, on a fused executor."
+            )
+        return repeat
 
     def _verifying(self) -> bool:
         return bool(self.verify_every) and (self._state.steps_taken() + 1) % self.verify_every == 0
@@ -161,24 +191,6 @@ class Engine(Contract):
         self._state.count()
         self._torn = False
         return self.iterations
-
-    def _compare(self, pairs: Sequence[tuple[Any, Tensor]], executor: Executor, aggregated: bool) -> list[verification.Comparison]:
-        """What `fused_kopt.verify` reports: this step's launches on a copy of the optimizer and the variables."""
-        memo: dict[int, Any] = {}
-        with self._one_step():
-            checked = gradients.check(gradients.present(pairs))
-            self._check_known(checked)
-            twin = copy.deepcopy(self, memo)
-        checked = [(g, copy.deepcopy(v, memo)) for g, v in checked]
-        prepared = twin._prepare(twin._transform(checked, aggregated))
-        twin._begin(prepared.variables)
-        found = []
-        for launches in twin._rounds(prepared):
-            for launch in launches:
-                chosen = execute.choose(executor, launch.update.bucket.device, launch.update.bucket.segments[-1].end)
-                found += verification.compare_updates(launch.update, chosen)
-            updates.run(launches, ["reference"] * len(launches))
-        return found
 
     def _prepare(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Prepared:
         """All that a step needs to know before anything is created."""
@@ -200,16 +212,33 @@ class Engine(Contract):
 
     def _recipe(self, key: tuple[torch.device, torch.dtype], steps: dict[torch.dtype, Step]) -> Recipe:
         hyperparameters.create(self)
-        scalars = self._scalars(layout.compute_dtype(key[1]), steps)
-        return Recipe(slots.flatten(self.slot_groups()), self.rule(), self.sparse_rule, self.sparse_rows, scalars, self.exact)
+        scalars, own = self._scalars(layout.compute_dtype(key[1]), steps)
+        return Recipe(slots.flatten(self.slot_groups()), self.rule(), self.sparse_rule, self.sparse_rows, scalars, self.exact, own)
 
-    def _scalars(self, compute: torch.dtype, steps: dict[torch.dtype, Step]) -> Sequence[float]:
-        """This step's scalars in a compute dtype, as Python floats; `steps` receives what they were derived in."""
-        step = steps[compute] = Step(self._state.steps_taken(), compute)
+    def _scalars(self, compute: torch.dtype, steps: dict[torch.dtype, Step]) -> tuple[Sequence[float], dict[int, Sequence[float]]]:
+        """This step's scalars in a compute dtype, and by id those of variables with a learning rate of their own.
+
+        `steps` receives what they were derived in.
+        """
+        count = self._state.steps_taken()
+        found: dict[float, Any] = {}
         with hyperparameters.ieee():
-            scalars: Any = self.scalars(step)
-        floats: Sequence[float] = scalars._make(map(float, scalars))
-        return floats
+            for multiplier in dict.fromkeys([1.0, *(m for _, m in self._multipliers.values())]):
+                step = Step(count, compute, multiplier)
+                scalars: Any = self.scalars(step)
+                found[multiplier] = scalars._make(map(float, scalars))
+                steps.setdefault(compute, step)
+        return found[1.0], {key: found[m] for key, (_, m) in self._multipliers.items()}
+
+    def _scalars_of(self, updates: Sequence[Update], steps: dict[torch.dtype, Step]) -> Callable[[Update], Scalars]:
+        """A function that gives an update's scalars in this step."""
+        found = {compute: self._scalars(compute, steps) for compute in dict.fromkeys(u.bucket.compute for u in updates)}
+
+        def scalars(update: Update) -> Scalars:
+            common, own = found[update.bucket.compute]
+            return common, [own.get(id(v), common) for v in update.bucket.variables] if update.rows is not None else None
+
+        return scalars
 
     def _begin(self, variables: Sequence[Tensor]) -> None:
         """Create what the first step creates: hyperparameters, iterations, slots."""

@@ -44,6 +44,10 @@ class Update:
     """Whether executors owe each other equal bits; False for rules with a general power."""
     factors: Tensor | None = None
     """Compute dtype [segments, 5]: see fused_kopt.prepare. None: all neutral."""
+    rows: Sequence[Sequence[float]] | None = None
+    """Per segment its scalars, where they differ."""
+    current: Tensor | None = None
+    """Compute dtype, 1-D: where launches read `scalars` (or all `rows`) on the device, in place of these."""
     tables: dict[torch.dtype, Any] | None = None
     """What `segment_tables` returns, where the addresses are known without the tensors."""
 
@@ -84,8 +88,9 @@ def _reference(update: Update) -> None:
     """The rule on torch tensors, variable by variable, one correctly rounded operation at a time."""
     bucket, compute = update.bucket, update.bucket.compute
     # a device row: torch divides a CUDA tensor by a Python number or CPU scalar through its reciprocal
-    row = torch.tensor(update.scalars, dtype=compute, device=bucket.device)
-    scalars = type(update.scalars)(*row.unbind())
+    rows = torch.tensor(update.rows or [update.scalars], dtype=compute, device=bucket.device)
+    if update.current is not None:
+        rows = update.current.view(rows.shape)
     for index, (variable, gradient) in enumerate(zip(update.variables, update.gradients, strict=True)):
         if variable is None or gradient is None:
             continue
@@ -93,6 +98,7 @@ def _reference(update: Update) -> None:
         g = gradient.to(compute)
         if update.factors is not None:
             g = prepare.scale_and_clip(g, update.factors[index].unbind())
+        scalars = type(update.scalars)(*rows[index if update.rows else 0].unbind())
         p, values = update.rule(variable.to(compute), g, slots, scalars)
         variable.copy_(p)
         for slot, value in zip(slots, values, strict=True):
@@ -181,6 +187,18 @@ def run(update: Update, executor: Chosen) -> None:
             _reference(update)
     else:
         bind(update, executor)(update.scalars, update.factors)
+
+
+def advance(table: Tensor, counter: Tensor, row: Tensor, executor: Chosen) -> None:
+    """Put the next row of a table of scalars, compute dtype [steps, n], into `row`. counter: int64 [2] = row to come, rows."""
+    if executor == "triton":
+        from fused_kopt.kernels import launch
+
+        launch.advance(table, counter, row)
+    else:
+        from fused_kopt.kernels import cpp_launch
+
+        cpp_launch.advance(table, counter, row)
 
 
 def square_norms(norms: Any, table: Any, row: Tensor, executor: Chosen) -> Tensor:

@@ -198,10 +198,12 @@ def _real(value: Any) -> Any:
 class Step:
     """What `scalars` derives a step's numbers from: numpy scalars of one dtype, so that every operation rounds as Keras's does.
 
-    Attributes: `dtype` np.float32 or np.float64, `iterations` the count before this step, `t` the 1-based step in `dtype`.
+    Attributes: `dtype` np.float32 or np.float64, `iterations` the count before this step, `t` the 1-based step in `dtype`,
+    `multiplier` what a variable's learning rate is multiplied by.
     """
 
-    def __init__(self, iterations: int, dtype: torch.dtype) -> None:
+    def __init__(self, iterations: int, dtype: torch.dtype, multiplier: float = 1.0) -> None:
+        self.multiplier = multiplier
         self.dtype: Any = np.float64 if dtype == torch.float64 else np.float32
         self.torch_dtype = dtype
         self.iterations = iterations
@@ -239,4 +241,4 @@ class Step:
         rate = self.number(value)
         if decay > 0:
             rate = rate / (1 + self.number(decay) * self.dtype(self.iterations))
-        return rate
+        return rate if self.multiplier == 1.0 else rate * self.number(self.multiplier)

@@ -1,14 +1,18 @@
 """The abstract Optimizer: OptimizerV2's public methods over the fused engine."""
 
-from collections.abc import Callable, Iterable
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from fused_kopt import gradients, tape
+from fused_kopt import execute, gradients, tape, updates, verification
 from fused_kopt.engine import Engine
+from fused_kopt.execute import Executor
 from fused_kopt.flat import Flat
-from fused_kopt.repeat import flattened
+from fused_kopt.repeat import Repeats, flattened
+from fused_kopt.replays import Replays
 
 
 class Optimizer(Engine):
@@ -81,6 +85,47 @@ class Optimizer(Engine):
         """
         return Flat(tape.flatten(variables))
 
+    def scale_learning_rate(self, variables: Iterable[Tensor], multiplier: float) -> None:
+        """Multiply the learning rate of some variables, for layer-wise rates; 0 lets SGD rest. No launch is added.
+
+        Keras has no counterpart; `get_config` does not contain it. Raises ValueError unless `multiplier` is finite and >= 0.
+        """
+        if not 0 <= multiplier < math.inf:
+            raise ValueError(f"`multiplier` must be a finite number >= 0. Received: multiplier={multiplier!r}.")
+        with self._lock:
+            self._multipliers |= {id(v): (v, float(multiplier)) for v in tape.flatten(variables)}
+            self._repeats, self._replays = Repeats(), None
+
+    def prepare_replays(self, grads_and_vars: Flat | Iterable[tuple[Tensor, Tensor]], steps: int = 1024) -> None:
+        """Let a CUDA graph capture `apply_gradients(grads_and_vars)`: the scalars of the next `steps` steps go to the device.
+
+        Take at least one step with these gradients and variables first, which must keep their memory. A captured step takes
+        the next scalars at every replay; schedules, decay and bias corrections go on, bit for bit as in steps outside a graph.
+        Tell the optimizer about replays with `replayed`. A hyperparameter that changes counts from the next `replayed` on.
+        With global_clipnorm or clipnorm, the norms are part of the graph.
+
+        Raises ValueError unless `steps` is at least 1; RuntimeError where no such step has been taken, or one that cannot be
+        repeated (sparse gradients, transformers, a gradient aggregator at work, `verify_every`, the reference executor).
+        """
+        if steps < 1:
+            raise ValueError(f"`steps` must be at least 1. Received: steps={steps}.")
+        with self._one_step():
+            given = grads_and_vars if isinstance(grads_and_vars, Flat) else flattened(grads_and_vars)[1]
+            repeat = self._repeatable(given)
+            self._replays = Replays(self, repeat, steps)
+
+    def replayed(self, count: int = 1) -> None:
+        """Count `count` replays of a captured step, and upload the scalars of later ones before they run out.
+
+        With 0: upload them anew, after a hyperparameter has changed. Raises RuntimeError without `prepare_replays`, and where
+        more were replayed than its `steps`: the others repeated the last one's scalars.
+        """
+        with self._one_step():
+            if self._replays is None or count > self._replays.left:
+                left = 0 if self._replays is None else self._replays.left
+                raise RuntimeError(f"{count} replays, but scalars for {left} were prepared. Call prepare_replays() with more steps.")
+            self._replays.count(count)
+
     def build(self, variables: Iterable[Tensor]) -> None:
         """Create iterations, hyperparameters and the slots of `variables` before the first step, so that set_weights can run.
 
@@ -91,6 +136,24 @@ class Optimizer(Engine):
             pairs = gradients.check([(v.detach(), v) for v in tape.flatten(variables)])
             self._check_known(pairs)
             self._begin(list({id(v): v for _, v in pairs}.values()))
+
+    def _compare(self, pairs: Sequence[tuple[Any, Tensor]], executor: Executor, aggregated: bool) -> list[verification.Comparison]:
+        """What `fused_kopt.verify` reports: this step's launches on a copy of the optimizer and the variables."""
+        memo: dict[int, Any] = {}
+        with self._one_step():
+            checked = gradients.check(gradients.present(pairs))
+            self._check_known(checked)
+            twin = copy.deepcopy(self, memo)
+        checked = [(g, copy.deepcopy(v, memo)) for g, v in checked]
+        prepared = twin._prepare(twin._transform(checked, aggregated))
+        twin._begin(prepared.variables)
+        found = []
+        for launches in twin._rounds(prepared):
+            for launch in launches:
+                chosen = execute.choose(executor, launch.update.bucket.device, launch.update.bucket.segments[-1].end)
+                found += verification.compare_updates(launch.update, chosen)
+            updates.run(launches, ["reference"] * len(launches))
+        return found
 
     def minimize(
         self,

@@ -24,6 +24,9 @@ KEPT = 4
 
 _data_ptr = Tensor.data_ptr
 
+# A step's scalars, and per segment its own where they differ.
+Scalars = tuple[Sequence[float], Sequence[Sequence[float]] | None]
+
 # By gradient dtype: rows of the segment table, and the positions of their pairs.
 Places = Mapping[torch.dtype, tuple[Any, Any]]
 
@@ -80,17 +83,22 @@ class Repeat:
                 tables[dtype].flags.writeable = False  # executors know an unchanged table by its identity
             update.tables = tables
         self.gradient_addresses = addresses
-        self.launches = [execute.bind(update, executor) for update, executor in zip(self.updates, self.chosen, strict=True)]
+        self.bind()
         return True
+
+    def bind(self) -> None:
+        """Make the launches anew, for what changed in the updates."""
+        self.launches = [execute.bind(update, executor) for update, executor in zip(self.updates, self.chosen, strict=True)]
 
     def applies(self, rule: Rule, clips: Clips) -> bool:
         """Whether the kernels are those of this rule, with or without factors."""
         return all(update.rule is rule and (update.factors is None) == clips.neutral for update in self.updates)
 
-    def run(self, scalars: Mapping[torch.dtype, Sequence[float]]) -> None:
-        """Launch with this step's scalars, by compute dtype."""
+    def run(self, scalars: Callable[[Update], Scalars]) -> None:
+        """Launch with each update's scalars."""
         for update, launch in zip(self.updates, self.launches, strict=True):
-            launch(scalars[update.bucket.compute], update.factors)
+            common, update.rows = scalars(update)
+            launch(common, update.factors)
 
     def together(self, flat: Flat) -> "Repeat":
         """The same step with a Flat's buffers as one segment each: 5,000 variables of 64 elements are 40 blocks, not 5,000.
@@ -105,7 +113,7 @@ class Repeat:
             (members, torch.zeros(1, dtype=torch.int64, device=update.bucket.device)) if one else (members, take)
             for one, update, (members, take) in zip(merged, self.updates, self.takes, strict=False)
         ]
-        twin.launches = [execute.bind(update, executor) for update, executor in zip(twin.updates, self.chosen, strict=True)]
+        twin.bind()
         twin.tables = [update.bucket.tables for update in twin.updates]
         return twin
 
@@ -200,11 +208,14 @@ class Repeats:
                 return repeat
         return None
 
-    def of(self, flat: Flat, clips: Clips, executor: Executor) -> Repeat | None:
-        """The launches for a Flat that is whole, in constant time; None where its tensors must be looked at."""
+    def of(self, flat: Flat, together: bool, executor: Executor) -> Repeat | None:
+        """The launches for a Flat that is whole, in constant time; None where its tensors must be looked at.
+
+        together: whether its variables share their scalars and factors.
+        """
         if self._flat is None or self._flat.flat is not flat or not flat.whole():
             return None
-        repeat = self._flat.each if clips.clipnorm is not None else self._flat.together
+        repeat = self._flat.together if together else self._flat.each
         same = repeat.executor == executor and self._flat.each.stays() and self._flat.each.gradient_addresses is self._flat.addresses
         return repeat if same else None
 

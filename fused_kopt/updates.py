@@ -1,6 +1,6 @@
 """From checked pairs to launches: dense variables join their bucket's launch, sparse gradients run on gathered rows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -30,6 +30,14 @@ class Recipe:
     sparse_rows: SparseRows
     scalars: Sequence[float]
     exact: bool
+    own: Mapping[int, Sequence[float]]
+    """By id of a variable: its scalars, where they are not `scalars`."""
+
+    def rows(self, variables: Sequence[Tensor]) -> list[Sequence[float]] | None:
+        """Each variable's scalars; None where all share them."""
+        if not any(id(v) in self.own for v in variables):
+            return None
+        return [self.own.get(id(v), self.scalars) for v in variables]
 
 
 @dataclass
@@ -98,6 +106,7 @@ def _dense(bucket: Bucket, entries: Sequence[Entry], recipe: Recipe, rule: Rule,
     count = len(bucket.variables)
     names = tuple(slot.name for slot in recipe.slots)
     launch = Launch(Update(bucket, [None] * count, [None] * count, names, rule, recipe.scalars, recipe.exact))
+    launch.update.rows = recipe.rows(bucket.variables)
     rows: list[Tensor | None] = [None] * count
     for entry in entries:
         index = bucket.index[id(entry.variable)]
@@ -158,7 +167,8 @@ def _each(bucket: Bucket, variable: Tensor, indices: Tensor, values: Tensor, rec
     steps = torch.zeros_like(values)
     small = Bucket(bucket.device, bucket.dtype)
     small.adopt(*small.grown([steps], recipe.slots))
-    update = Update(small, [steps], [values], (), recipe.sparse_rule(variable.dim()), recipe.scalars, recipe.exact)
+    scalars = recipe.own.get(id(variable), recipe.scalars)
+    update = Update(small, [steps], [values], (), recipe.sparse_rule(variable.dim()), scalars, recipe.exact)
     if variable.device.type == "cpu":
         return Launch(update, [lambda: variable.index_add_(0, indices, steps)])
     return Launch(update, [lambda: variable.index_put_((indices,), steps, accumulate=True)])
@@ -170,7 +180,8 @@ def _touched(bucket: Bucket, variable: Tensor, rows: Tensor, sums: Tensor, recip
     small = Bucket(bucket.device, bucket.dtype)
     small.adopt(*small.grown([gathered], recipe.slots))
     names = tuple(slot.name for slot in recipe.slots)
-    launch = Launch(Update(small, [gathered], [sums], names, recipe.sparse_rule(variable.dim()), recipe.scalars, recipe.exact))
+    scalars = recipe.own.get(id(variable), recipe.scalars)
+    launch = Launch(Update(small, [gathered], [sums], names, recipe.sparse_rule(variable.dim()), scalars, recipe.exact))
     launch.finish.append(_row_copier(variable, rows, gathered))
     for name in names:
         view, mine = bucket.view(name, bucket.index[id(variable)]), small.view(name, 0)

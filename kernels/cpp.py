@@ -74,7 +74,7 @@ _UPDATE = """static void block(V* __restrict variable, const G* __restrict gradi
 }
 
 extern "C" void update(const Segment* segments, const int32_t* blocks, int64_t grid, const C* factors, C* const* slots,
-                       const C* scalars, int32_t threads) {
+                       const C* scalars, int64_t stride, int32_t threads) {
     const int64_t fair = grid / (8 * int64_t(threads)), chunk = fair < 1 ? 1 : fair > 8 ? 8 : fair;
     #pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < grid; ++i) {
@@ -82,7 +82,8 @@ extern "C" void update(const Segment* segments, const int32_t* blocks, int64_t g
         const Segment& row = segments[index];
         const int64_t left = row.numel - start, count = left < @BLOCK@ ? left : @BLOCK@;
         if (count > 0)
-            block((V*)row.variable + start, (const G*)row.gradient + start, @ARGUMENTS@count, factors + 5 * index, scalars);
+            block((V*)row.variable + start, (const G*)row.gradient + start, @ARGUMENTS@count, factors + 5 * index,
+                  scalars + stride * index);
     }
 }
 """

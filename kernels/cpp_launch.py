@@ -26,7 +26,7 @@ def counters() -> tuple[int, int]:
 @functools.cache
 def kernel(rule: Any, prepare: Any, scalars: Any, slots: int, dtypes: tuple[torch.dtype, torch.dtype]) -> Any:
     """The compiled function; dtypes of variable and gradient. Shapes, addresses, learning rates and steps are its arguments."""
-    return _function(cpp_build.load(cpp.update_source(rule, prepare, scalars, slots, dtypes)).update, "ppipppi")
+    return _function(cpp_build.load(cpp.update_source(rule, prepare, scalars, slots, dtypes)).update, "ppipppii")
 
 
 @functools.cache
@@ -75,12 +75,16 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], torch.Tensor |
 
     def launch(scalars: Sequence[float], factors: torch.Tensor | None) -> None:
         global _launches
-        numbers, threads = row(*scalars), torch.get_num_threads() if fixed.threads else 1
+        numbers: Any = row(*scalars) if update.rows is None else (row * len(update.rows))(*map(tuple, update.rows))
+        if update.current is not None:
+            numbers = update.current.data_ptr()
+        stride = 0 if update.rows is None else len(scalars)
+        threads = torch.get_num_threads() if fixed.threads else 1
         clips = None if factors is None else factors.contiguous()
         for step, _, address in calls:
             with _counter_lock:
                 _launches += 1
-            step(address, fixed.address, len(fixed.blocks), None if clips is None else clips.data_ptr(), slots, numbers, threads)
+            step(address, fixed.address, len(fixed.blocks), None if clips is None else clips.data_ptr(), slots, numbers, stride, threads)
 
     return launch
 
@@ -96,3 +100,9 @@ def square_norms(norms: Any, table: Any, prepare: Any, row: torch.Tensor) -> tor
     square(table.ctypes.data, norms.blocks.ctypes.data, len(norms.blocks), row.data_ptr(), partial.ctypes.data, threads)
     fold(partial.ctypes.data, norms.starts.ctypes.data, len(sums), sums.data_ptr())
     return sums
+
+
+def advance(table: torch.Tensor, counter: torch.Tensor, row: torch.Tensor) -> None:
+    """`kernels.update.advance` on CPU, where nothing captures: the next row of float[steps, n] into float[n]."""
+    row.copy_(table[min(int(counter[0]), int(counter[1]) - 1)])
+    counter[0] += 1

@@ -1,5 +1,6 @@
 """Launching the kernel: tables, block sizes, counters, and the choice between the compiler and the interpreter."""
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from triton.runtime import driver, interpreter
 from fused_kopt.kernels import rules, tuning
 from fused_kopt.kernels.norms import fold, square_blocks
 from fused_kopt.kernels.tuning import Config
+from fused_kopt.kernels.update import advance as next_row
 from fused_kopt.kernels.update import update_bucket
 
 # At most so many elements per program in the interpreter, where a program costs about 1 ms and 0.15 us per element.
@@ -36,7 +38,7 @@ _launches = 0
 
 def counters() -> tuple[int, int]:
     """Launches and compilations in this process so far."""
-    kernels = () if INTERPRETED else (update_bucket, square_blocks, fold)
+    kernels = () if INTERPRETED else (update_bucket, square_blocks, fold, next_row)
     return _launches, sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
 
@@ -110,10 +112,15 @@ class Build:
         return self.scalars(*values)
 
 
-def _scalar_row(scalars: Sequence[float], dtype: torch.dtype, device: torch.device) -> Any:
-    """The scalars as a tuple of the same class that holds pointers to them."""
-    row = upload(np.array(scalars, dtype=np.float64 if dtype == torch.float64 else np.float32), device)
-    return type(scalars)(*row.split(1))
+def scalar_row(scalars: Any, bucket: Any) -> Tensor:
+    """Scalars, or a row of them for every segment, on the bucket's device in its compute dtype; 1-D."""
+    return upload(np.array(scalars, dtype=np.float64 if bucket.compute == torch.float64 else np.float32).reshape(-1), bucket.device)
+
+
+def advance(table: Tensor, counter: Tensor, row: Tensor) -> None:
+    """Launch `kernels.update.advance`: the next row of float[steps, n] into float[n]."""
+    count = row.numel()
+    _run(next_row, 1, (table, counter, row), (count, 1 << (count - 1).bit_length()))
 
 
 @functools.cache
@@ -128,7 +135,8 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], Tensor | None]
     """A function of the scalars and factors that launches an update (`fused_kopt.execute.Update`): once per gradient dtype."""
     bucket = update.bucket
     interpret = interprets(bucket.device)
-    by_pointer = interpret or bucket.compute == torch.float64
+    by_pointer = interpret or bucket.compute == torch.float64 or update.rows is not None or update.current is not None
+    stride = 0 if update.rows is None else len(update.scalars)
     wrap, build = rules.interpreted if interpret else rules.compiled, Build(type(update.scalars)) if by_pointer else None
     calls = []
     for dtype, table in update.segment_tables().items():
@@ -137,32 +145,49 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], Tensor | None]
             block, warps = configuration(update.rule, bucket.device, (bucket.dtype, dtype))
         tables, kinds = _tables(update, block), (TRITON_DTYPE[bucket.dtype], TRITON_DTYPE[dtype], TRITON_DTYPE[bucket.compute])
         if tables.grid:
-            calls.append((tables, tables.segments(table, dtype), (wrap(update.rule), wrap(prepare), build, *kinds, block), warps))
+            calls.append(
+                (tables, tables.segments(table, dtype), (wrap(update.rule), wrap(prepare), build, stride, *kinds, block), warps, [])
+            )
+
+    slots = update.slots
 
     def launch(scalars: Sequence[float], factors: Tensor | None) -> None:
-        numbers = _scalar_row(scalars, bucket.compute, bucket.device) if by_pointer else scalars
-        for tables, segments, constants, warps in calls:
-            arguments = (segments, tables.blocks, tables.unread(update) if factors is None else factors, update.slots, numbers)
-            _run(update_bucket, tables.grid, arguments, constants, warps)
+        numbers = scalars
+        if by_pointer:
+            row = scalar_row(scalars if update.rows is None else update.rows, bucket) if update.current is None else update.current
+            numbers = type(scalars)(*(row[i:] for i in range(len(scalars))))
+        for tables, segments, constants, warps, known in calls:
+            arguments = (segments, tables.blocks, tables.unread(update) if factors is None else factors, slots, numbers)
+            _run(update_bucket, tables.grid, arguments, constants, warps, known)
 
     return launch
 
 
-def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int = 0) -> None:
-    """Launch a kernel. Arguments are tensors, or tuples of tensors or floats; the first is a tensor. warps: 0 for the default."""
+def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int = 0, known: Any = None) -> None:
+    """Launch a kernel. Arguments are tensors, or tuples of tensors or floats; the first is a tensor. warps: 0 for the default.
+
+    known: a list that keeps the compiled kernel for the next launch of the same constants and kinds of arguments.
+    """
     global _launches
     with _counter_lock:
         _launches += 1
-    if interprets(arguments[0].device):
+    first: Tensor = arguments[0]
+    if interprets(first.device):
         interpreted = interpreter.InterpretedFunction(rules.interpreted(kernel.fn))
         with _INTERPRETER_LOCK, np.errstate(all="ignore"):
             interpreted[(grid,)](*arguments, *constants)
         return
-    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, whatever its arguments lie on
-        for tensor in arguments:
-            if isinstance(tensor, Tensor) and tensor.is_cuda:  # it may have been made on another stream
-                tensor.record_stream(torch.cuda.current_stream())
-        _compiled(kernel, arguments, constants, warps)[(grid, 1, 1)](*arguments, *constants)
+    # Triton launches on the current device, whatever its arguments lie on
+    with torch.cuda.device_of(first) if first.is_cuda else contextlib.nullcontext():
+        if first.is_cuda:  # its memory may have been made on another stream
+            stream = torch.cuda.current_stream()
+            for tensor in arguments:
+                if isinstance(tensor, Tensor):
+                    tensor.record_stream(stream)
+        compiled = known[0] if known else _compiled(kernel, arguments, constants, warps)
+        if known is not None and not known:
+            known.append(compiled)
+        compiled[(grid, 1, 1)](*arguments, *constants)
 
 
 # Compiled kernels by device, constants and kinds of tuples: Triton's own way to them costs a launch three times as much.

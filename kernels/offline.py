@@ -45,6 +45,7 @@ class Spec(NamedTuple):
             "RULE": wrap(self.rule),
             "PREPARE": wrap(self.prepare),
             "SCALARS": launch.Build(self.scalars) if interpret or self.compute == torch.float64 else None,
+            "STRIDE": 0,
             "VARIABLE": launch.TRITON_DTYPE[self.variable],
             "GRADIENT": launch.TRITON_DTYPE[self.gradient],
             "COMPUTE": launch.TRITON_DTYPE[self.compute],

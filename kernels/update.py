@@ -42,14 +42,15 @@ def update_block(
 @triton.jit
 def update_bucket(
     segments, blocks, factors, slots, s,
-    RULE: tl.constexpr, PREPARE: tl.constexpr, SCALARS: tl.constexpr,
+    RULE: tl.constexpr, PREPARE: tl.constexpr, SCALARS: tl.constexpr, STRIDE: tl.constexpr,
     VARIABLE: tl.constexpr, GRADIENT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update one bucket in place, one program per block.
 
     segments: int64[n, 4] = variable address, gradient address, numel (0: absent in this step), first element in the slots.
     blocks: int32[grid, 2] = segment, block of it. factors: COMPUTE[n, 5], what PREPARE does to the gradient.
-    slots: tuple of flat buffers (COMPUTE). s: the scalars, as floats, or where SCALARS builds them as pointers to them.
+    slots: tuple of flat buffers (COMPUTE). s: the scalars, as floats, or where SCALARS builds them as pointers to those of
+    segment 0; those of the next one lie STRIDE elements on.
     """
     block = blocks + 2 * tl.program_id(0).to(tl.int64)
     segment = tl.load(block).to(tl.int64)
@@ -67,7 +68,7 @@ def update_bucket(
         f += (tl.load(factors + 5 * segment + i),)
     if SCALARS is not None:
         # a float argument of a kernel is float32: float64 scalars come through memory
-        scalars = SCALARS(*[tl.load(x) for x in s])
+        scalars = SCALARS(*[tl.load(x + STRIDE * segment) for x in s])
     else:
         scalars = s
     lanes = tl.arange(0, BLOCK)
@@ -84,3 +85,13 @@ def update_bucket(
         v = variable.to(V) + start
         g = gradient.to(G) + start
         update_block(v, g, views, scalars, f, lanes, lanes < left, RULE, PREPARE, VARIABLE, GRADIENT, COMPUTE)
+
+
+@triton.jit
+def advance(table, counter, row, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Make the next row of a table current, in a captured graph too. counter: int64[2] = row to come, rows; the last one repeats."""
+    step = tl.load(counter)
+    lanes = tl.arange(0, WIDTH)
+    here = tl.minimum(step, tl.load(counter + 1) - 1)
+    tl.store(row + lanes, tl.load(table + here * COUNT + lanes, mask=lanes < COUNT), mask=lanes < COUNT)
+    tl.store(counter, step + 1)

@@ -114,7 +114,7 @@ class Nadam(Optimizer):
         momentum, following, cache = self._caches(step, beta_1)
         step.cache = cache
         return Scalars(
-            learning_rate=step.number(rate),
+            learning_rate=step.learning_rate(rate, 0.0),
             beta_1=beta_1,
             beta_2=beta_2,
             one_minus_beta_1=1 - beta_1,
