@@ -67,7 +67,7 @@ KERNEL = (
             "copy = table.copy()",
             "copy = table.copy()\n        [old.zero_() for *_, old in self._segments.values()]",
         ),
-        ("float64 scalars as float32", "_scalar_row", "np.float64 if dtype == torch.float64 else np.float32", "np.float32"),
+        ("float64 scalars as float32", "scalar_row", "np.float64 if bucket.compute == torch.float64 else np.float32", "np.float32"),
     ),
     *group(
         "test_reliability_b.py test_reliability_b3.py test_executors.py",
@@ -118,17 +118,6 @@ KERNEL = (
             "op.clip(g * grad_scale, bound) * multiplier, divisor)",
             "op.clip(g * grad_scale * multiplier, bound), divisor)",
         ),
-    ),
-    *group(
-        "test_compiled.py",
-        "kernels/cpp.py",
-        ("factors of the first variable compiled", "", "factors + 5 * index", "factors"),
-        ("slots from the buffer's start", "update_source", "] + row.offset + start, ", "] + start, "),
-    ),
-    *group(
-        "test_compiled.py",
-        "kernels/cpp_launch.py",
-        ("gradients of several dtypes as the variable's", "bind", "(bucket.dtype, dtype))", "(bucket.dtype, bucket.dtype))"),
     ),
     *group("test_compiled.py", "fused_kopt/execute.py", ("auto never compiles", "_automatic", "elements >= WORTH_COMPILING", "False")),
 )
