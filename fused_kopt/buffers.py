@@ -29,6 +29,11 @@ class Bucket:
         self.index: dict[int, int] = {}
         self.tables: Any = None  # what executors keep between launches; None once the buffers moved
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Elements, padding included, and variables."""
+        return (self.segments[-1].end if self.segments else 0), len(self.segments)
+
     def grown(self, variables: Iterable[Tensor], slots: Iterable[Slot]) -> tuple[list[Tensor], list[Segment], dict[str, Tensor]]:
         """All that `adopt` needs to hold new variables and slots too. Allocates, publishes nothing."""
         new = [v for v in variables if id(v) not in self.index]

@@ -192,7 +192,7 @@ class Contract(ABC):
         """Write values (numpy arrays or tensors) into the weights, in the order of `weights`.
 
         Raises ValueError for a wrong count or shape, AttributeError for items without shape, TypeError for values that
-        are not numbers; nothing is written then. An optimizer has weights only after its first step.
+        are not numbers; nothing is written then. An optimizer has weights from its first step or `build` on.
         """
         with self._lock:
             state.assign(self._name, self._state.weights, self._compatible(weights))

@@ -197,7 +197,10 @@ class Engine(Contract):
         variables = list({id(v): v for _, v in pairs}.values())
         steps: dict[torch.dtype, Step] = {}
         recipes = {key: self._recipe(key, steps) for key in dict.fromkeys((v.device, v.dtype) for v in variables)}
-        executors = {device: execute.choose(self._executor, device, sum(v.numel() for v in variables)) for device, _ in recipes}
+        executors = {}
+        for device in dict.fromkeys(device for device, _ in recipes):
+            mine = [v.numel() for v in variables if v.device == device]
+            executors[device] = execute.choose(self._executor, device, sum(mine), len(mine))
         rows = clipping.rows(pairs, self._clipping(), executors, self._executor)
         entries = [Entry(g, v, row) for (g, v), row in zip(pairs, rows, strict=True)]
         return Prepared(entries, variables, recipes, executors, steps)

@@ -19,8 +19,9 @@ Executor = Literal["auto", "reference", "triton", "compiled"]
 Chosen = Literal["reference", "triton", "compiled"]
 EXECUTORS: tuple[Executor, ...] = ("auto", "reference", "triton", "compiled")
 
-# Elements from which `auto` compiles on CPU: building takes half a second once per machine, rule and dtype.
-WORTH_COMPILING = 1 << 16
+# From so much work `auto` compiles on CPU: building takes 0.3 s once per machine, rule and dtypes. An element of Adam
+# costs the reference 10 ns, a tensor 60 us.
+WORTH_COMPILING, PER_TENSOR = 1 << 16, 1 << 12
 
 # (p, g, slots, s) -> (p, slots); p, g and slots have one shape and dtype, s holds the step's scalars
 Rule = Callable[[Any, Any, tuple[Any, ...], Any], tuple[Any, tuple[Any, ...]]]
@@ -129,13 +130,13 @@ def why_not_triton() -> str | None:
     return None
 
 
-def choose(executor: Executor, device: torch.device, elements: int = 0) -> Chosen:
-    """The executor for the variables on `device`, `elements` in all.
+def choose(executor: Executor, device: torch.device, elements: int = 0, tensors: int = 0) -> Chosen:
+    """The executor for so many variables on `device`, with so many elements in all.
 
-    `auto`: triton on a GPU; on CPU compiled from WORTH_COMPILING elements, else the reference. Raises RuntimeError where
+    `auto`: triton on a GPU; on CPU compiled where it pays (WORTH_COMPILING), else the reference. Raises RuntimeError where
     an executor was asked for by name and is unavailable.
     """
-    wanted: Chosen = executor if executor != "auto" else _automatic(device, elements)
+    wanted: Chosen = executor if executor != "auto" else _automatic(device, elements + PER_TENSOR * tensors)
     reason = _why_not(wanted, device)
     if reason is None:
         return wanted
@@ -145,10 +146,10 @@ def choose(executor: Executor, device: torch.device, elements: int = 0) -> Chose
     return "reference"
 
 
-def _automatic(device: torch.device, elements: int) -> Chosen:
+def _automatic(device: torch.device, work: int) -> Chosen:
     if device.type != "cpu":
         return "triton"
-    return "compiled" if elements >= WORTH_COMPILING else "reference"
+    return "compiled" if work >= WORTH_COMPILING else "reference"
 
 
 def _why_not(executor: Chosen, device: torch.device) -> str | None:
@@ -176,7 +177,7 @@ def _why_not_on(device: torch.device) -> str | None:
 
 @functools.cache
 def warn_fallback(reason: str) -> None:
-    """Say once per reason that a GPU step takes the slow road."""
+    """Say once per reason that steps take the slow road."""
     warnings.warn(f"fused_kopt falls back to the reference executor, which is slower: {reason}", RuntimeWarning, stacklevel=2)
 
 
@@ -207,10 +208,10 @@ def square_norms(norms: Any, table: Any, row: Tensor, executor: Chosen) -> Tenso
         if executor == "triton":
             from fused_kopt.kernels import launch
 
-            return launch.square_norms(norms, table, prepare.scale_and_clip, row)
+            return launch.square_norms(norms, table, prepare.scale_and_bound, row)
         from fused_kopt.kernels import cpp_launch
 
-        return cpp_launch.square_norms(norms, table, prepare.scale_and_clip, row)
+        return cpp_launch.square_norms(norms, table, prepare.scale_and_bound, row)
 
 
 class Stats(NamedTuple):

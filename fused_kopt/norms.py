@@ -72,4 +72,4 @@ class Norms:
 
 def reference(gradients: Sequence[Tensor], row: Tensor) -> Tensor:
     """float64 [n] of 1-D gradients, as `Norms.squares`."""
-    return torch.stack([square_norm(prepare.scale_and_clip(g.to(row.dtype), row.unbind())) for g in gradients])
+    return torch.stack([square_norm(prepare.scale_and_bound(g.to(row.dtype), row.unbind())) for g in gradients])

@@ -38,7 +38,7 @@ def sign(x: Tensor) -> Tensor:
 def sqrt(x: Tensor) -> Tensor:
     """Square root, correctly rounded; NaN below zero.
 
-    torch's own CPU square root is not: MKL's is one unit off in 17 % of float32 results. numpy's and Inductor's are exact.
+    torch's own CPU square root is not: MKL's is one unit off in 17 % of float32 results. numpy's and torch.compile's are exact.
     """
     if torch.compiler.is_compiling():
         return torch.sqrt(x)

@@ -150,7 +150,7 @@ class Optimizer(Engine):
         found = []
         for launches in twin._rounds(prepared):
             for launch in launches:
-                chosen = execute.choose(executor, launch.update.bucket.device, launch.update.bucket.segments[-1].end)
+                chosen = execute.choose(executor, launch.update.bucket.device, *launch.update.bucket.size)
                 found += verification.compare_updates(launch.update, chosen)
             updates.run(launches, ["reference"] * len(launches))
         return found

@@ -11,7 +11,11 @@ def keep(g, f):
     return g
 
 
+def scale_and_bound(g, f):
+    """What comes before a norm: loss scale and clipvalue."""
+    return op.clip(g * f[0], f[1])
+
+
 def scale_and_clip(g, f):
     """Loss scale, clipvalue, clipnorm, global_clipnorm, in Keras's order and rounding."""
-    grad_scale, bound, multiplier, divisor, scale = f
-    return op.div(op.clip(g * grad_scale, bound) * multiplier, divisor) * scale
+    return op.div(scale_and_bound(g, f) * f[2], f[3]) * f[4]

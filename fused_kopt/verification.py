@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Executors' powers differ by up to 2 ulp, which Ftrl's difference of two roots magnifies; a damaged kernel is far off.
 POWER_BOUND = 1e-4
 
-# Elements of the known-answer test: full blocks and a tail, and more than the compiled executor packs.
+# Elements of the known-answer test: full blocks of every executor, and a tail.
 KNOWN = 20_737
 
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}

@@ -14,6 +14,8 @@ from fused_kopt.kernels.rebind import is_torch_op, rebind
 
 # Elements per unit of work: 256 KiB of 7 float32 streams at most, so that threads share the work evenly.
 BLOCK = 8192
+# Elements of a buffer that stays in the first cache.
+STAGE = 1024
 
 TYPES = {torch.float32: "float", torch.float64: "double", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -21,6 +23,9 @@ _HEAD = """
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
@@ -65,11 +70,46 @@ template <> struct Codec<float16> {
 
 """
 
-_UPDATE = """static void block(V* __restrict variable, const G* __restrict gradient, @PARAMETERS@int64_t count, const C* f, const C* s) {
+_UPDATE = """
+// How a loop reads and writes elements: where they are, or, float16, through a buffer and the processor's conversions, which
+// compilers do not find in the integer form above. That form alone is slower than memory.
+template <class T> struct Stage {
+    using Type = T;
+    template <class P> P in(P from, int64_t) { return from; }
+    void out(T*, int64_t) {}
+};
+#ifdef __F16C__
+template <> struct Stage<float16> {
+    using Type = float;
+    float buffer[@STAGE@];
+    float* in(const float16* from, int64_t count) {
+        int64_t i = 0;
+        for (; i + 8 <= count; i += 8) _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+        for (; i < count; ++i) buffer[i] = float(Codec<float16>::decode(from[i]));
+        return buffer;
+    }
+    void out(float16* to, int64_t count) {
+        int64_t i = 0;
+        for (; i + 8 <= count; i += 8) _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(buffer + i), 0));
+        for (; i < count; ++i) to[i] = Codec<float16>::encode(C(buffer[i]));
+    }
+};
+#endif
+
+static void block(V* variable, const G* gradient, @PARAMETERS@int64_t count, const C* f, const C* s) {
 @CONSTANTS@
-    #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
+    Stage<V> variables;
+    Stage<G> gradients;
+    for (int64_t at = 0; at < count; at += @STAGE@) {
+        const int64_t n = count - at < @STAGE@ ? count - at : @STAGE@;
+        auto* __restrict v = variables.in(variable + at, n);
+        const auto* __restrict g = gradients.in(gradient + at, n);
+@VIEWS@
+        #pragma omp simd
+        for (int64_t i = 0; i < n; ++i) {
 @BODY@
+        }
+        variables.out(variable + at, n);
     }
 }
 
@@ -155,7 +195,7 @@ def _filled(template: str, body: list[str], dtypes: tuple[torch.dtype, torch.dty
         "V": TYPES[dtypes[0]],
         "G": TYPES[dtypes[1]],
         "CONSTANTS": "\n".join(f"    const C {name} = {name[0]}[{name[1:]}];" for name in sorted(used)),
-        "BODY": "\n".join(f"        {line}" for line in body),
+        "BODY": "\n".join(f"            {line}" for line in body),
     }
     return functools.reduce(lambda text, part: text.replace(f"@{part[0]}@", part[1]), parts.items(), _HEAD + template)
 
@@ -168,15 +208,17 @@ def update_source(rule: Any, prepare: Any, scalars: Any, slots: int, dtypes: tup
     """The update's C++. dtypes: of the variable and of the gradient; scalars: the NamedTuple class of the step's scalars."""
     body: list[str] = []
     load = Value("", body).new
-    p, g = load("Codec<V>::decode(variable[i])"), load("Codec<G>::decode(gradient[i])")
-    values = tuple(load(f"slot{k}[i]") for k in range(slots))
+    p, g = load("Codec<Stage<V>::Type>::decode(v[i])"), load("Codec<Stage<G>::Type>::decode(g[i])")
+    values = tuple(load(f"w{k}[i]") for k in range(slots))
     s = scalars(*(Value(f"s{k}", body) for k in range(len(scalars._fields))))
     new, values = traced(rule)(p, traced(prepare)(g, _factors(body)), values, s)
-    body.append(f"variable[i] = Codec<V>::encode({cpp_op.text(new)});")
-    body += [f"slot{k}[i] = {cpp_op.text(value)};" for k, value in enumerate(values)]
+    body.append(f"v[i] = Codec<Stage<V>::Type>::encode({cpp_op.text(new)});")
+    body += [f"w{k}[i] = {cpp_op.text(value)};" for k, value in enumerate(values)]
     parts = {
         "BLOCK": str(BLOCK),
-        "PARAMETERS": "".join(f"C* __restrict slot{k}, " for k in range(slots)),
+        "STAGE": str(STAGE if torch.float16 in dtypes else BLOCK),
+        "PARAMETERS": "".join(f"C* slot{k}, " for k in range(slots)),
+        "VIEWS": "\n".join(f"        C* __restrict w{k} = slot{k} + at;" for k in range(slots)),
         "ARGUMENTS": "".join(f"slots[{k}] + row.offset + start, " for k in range(slots)),
     }
     return _filled(_UPDATE, body, dtypes, parts)

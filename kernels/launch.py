@@ -138,16 +138,15 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], Tensor | None]
     by_pointer = interpret or bucket.compute == torch.float64 or update.rows is not None or update.current is not None
     stride = 0 if update.rows is None else len(update.scalars)
     wrap, build = rules.interpreted if interpret else rules.compiled, Build(type(update.scalars)) if by_pointer else None
-    calls = []
+    calls: list[Any] = []
     for dtype, table in update.segment_tables().items():
         block, warps = _interpreter_block(bucket.segments), 0
         if not interpret:
             block, warps = configuration(update.rule, bucket.device, (bucket.dtype, dtype))
         tables, kinds = _tables(update, block), (TRITON_DTYPE[bucket.dtype], TRITON_DTYPE[dtype], TRITON_DTYPE[bucket.compute])
         if tables.grid:
-            calls.append(
-                (tables, tables.segments(table, dtype), (wrap(update.rule), wrap(prepare), build, stride, *kinds, block), warps, [])
-            )
+            constants = (wrap(update.rule), wrap(prepare), build, stride, *kinds, block)
+            calls.append((tables, tables.segments(table, dtype), constants, warps, []))
 
     slots = update.slots
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import fused_kopt
 from fused_kopt import execute, prepare, verification
 from fused_kopt.execute import Update
-from fused_kopt.kernels import cpp, cpp_build
+from fused_kopt.kernels import cpp, cpp_build, cpp_launch
 from fused_kopt.optimizer import Optimizer
 
 BLOCK = cpp.BLOCK
@@ -90,9 +90,13 @@ def _copy(p: Any, g: Any, slots: Any, s: Any) -> Any:
     return g * s.one, ()
 
 
+@pytest.mark.parametrize("prefix", ["", "#undef __F16C__\n"], ids=["instructions", "integers"])
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
-def test_every_half_and_a_sample_of_every_rounding(half: torch.dtype) -> None:
+def test_every_half_and_a_sample_of_every_rounding(half: torch.dtype, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All 65,536 patterns decode as torch decodes them; of the 2^32 float32 patterns every 1,021st encodes as torch encodes it."""
+    source = cpp.update_source
+    monkeypatch.setattr(cpp, "update_source", lambda *arguments: prefix + source(*arguments))
+    monkeypatch.setattr(cpp_launch, "kernel", cpp_launch.kernel.__wrapped__)
 
     def through(values: Tensor, dtype: torch.dtype) -> Tensor:
         optimizer = fused_kopt.SGD()
@@ -198,6 +202,7 @@ def test_auto_compiles_where_it_pays() -> None:
     cpu = torch.device("cpu")
     assert execute.choose("auto", cpu, execute.WORTH_COMPILING - 1) == "reference"
     assert execute.choose("auto", cpu, execute.WORTH_COMPILING) == "compiled"
+    assert execute.choose("auto", cpu, 16, 16) == "compiled"  # many small tensors: the reference takes them one by one
     with pytest.raises(RuntimeError, match="not on cuda"):
         execute.choose("compiled", torch.device("cuda"))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import variants
-from support import DTYPES, Guarded, assert_same, bits, randn, small_blocks
+from support import DTYPES, Guarded, assert_same, bits, python, randn, small_blocks
 from torch import Tensor
 
 from fused_kopt import execute, layout, optimizers, prepare
@@ -173,6 +173,23 @@ def test_lion_is_its_formula(executor: execute.Executor, dtype: torch.dtype) -> 
         p = p - np.sign(m * beta_1 + g * (1 - beta_1)) * rate
         m = m * beta_2 + g * (1 - beta_2)
     assert_same([bits(p), bits(m)], [bits(variable), bits(optimizer.get_slot(variable, "m"))])
+
+
+def traced(name: str) -> None:
+    rule = variants.RULES[name]
+    p, g, *slots = (randn(4_099, seed=i) for i in range(2 + rule.slots))
+    scalars = rule.optimizer.scalars(Step(3, torch.float32))
+    row = type(scalars)(*(torch.tensor(float(x)) for x in scalars))
+    arguments = (p, g, tuple(slot.exp() for slot in slots), row)
+    results = [function(*arguments) for function in (rule.function, torch.compile(rule.function, fullgraph=True))]
+    assert_same(*([bits(new), *map(bits, values)] for new, values in results))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    print("same")
+
+
+def test_torch_compile_traces_a_rule() -> None:
+    """A rule is plain torch code. In a process of its own: Inductor warns, and leaves workers behind."""
+    assert python("import test_executors as t; t.traced('amsgrad')") == "same\n"  # divides, takes roots and maxima
 
 
 # The controls: what must not pass.

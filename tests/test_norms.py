@@ -1,75 +1,99 @@
-"""Square norms: the order of the sums is a contract, which all executors keep to the bit, over any number of blocks."""
+"""Square norms: the same bits from torch, C++ and Triton, close to the exact sum, and what their machine code looks like."""
 
-from collections.abc import Iterator, Sequence
+import math
+import re
 
 import numpy as np
 import pytest
 import support
 import torch
 from torch import Tensor
+from triton.compiler import ASTSource, compile
 
 from fused_kopt import norms, prepare
-from fused_kopt.execute import Chosen
-from fused_kopt.kernels import cpp_launch, launch
-from fused_kopt.kernels import norms as kernels
+from fused_kopt.kernels import launch, offline, rules
+from fused_kopt.kernels.norms import square_blocks
+from fused_kopt.layout import compute_dtype
 
-BLOCK, LANES = norms.BLOCK, norms.LANES
-CPU = torch.device("cpu")
-EXECUTORS: tuple[Chosen, ...] = ("triton", "compiled")
-SIZES = (1, 0, 7, LANES - 1, LANES + 1, 3000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 1025)
-ROW = (0.5, 1.25, 1.0, 1.0, 1.0)
+BLOCK = norms.BLOCK
+SIZES = (0, 1, 5, norms.LANES - 1, norms.LANES, norms.LANES + 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7)
 
 
-def squares(gradients: Sequence[Tensor], compute: torch.dtype, executor: Chosen) -> Tensor:
-    row = torch.tensor(ROW, dtype=compute)
-    if executor == "reference":
-        return norms.reference(gradients, row)
-    found = norms.Norms([g.numel() for g in gradients], (compute, gradients[0].dtype), CPU)
-    return found.squares(np.array([g.data_ptr() for g in gradients], dtype=np.int64), row, executor)
+def drawn(dtype: torch.dtype, shift: int = 0) -> list[Tensor]:
+    """Numbers of six decades; `shift` elements past an aligned address."""
+    found = []
+    for i, size in enumerate(SIZES):
+        values = support.randn(size + shift, seed=i) * 10 ** support.randn(size + shift, seed=50 + i).clamp(-3, 3)
+        found.append(values.to(dtype)[shift:])
+    return found
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+def squares(gradients: list[Tensor], row: Tensor, executor: str) -> Tensor:
+    first = gradients[0]
+    table = norms.Norms([g.numel() for g in gradients], (row.dtype, first.dtype), first.device)
+    return table.squares(np.array([g.data_ptr() for g in gradients]), row, executor)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("executor", ["compiled", "triton"])
+@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
-@pytest.mark.parametrize("compute", [torch.float32, torch.float64], ids=str)
-def test_every_size(compute: torch.dtype, dtype: torch.dtype, executor: Chosen) -> None:
-    # each starts one element past another's end, where what lies behind is not zero
-    memory = support.randn(sum(SIZES) + len(SIZES), seed=1).exp().to(dtype)
-    parts = iter(memory.split([n for size in SIZES for n in (size, 1)]))
-    gradients: list[Tensor] = list(parts)[::2]
-    expected, actual = (squares(gradients, compute, name) for name in ("reference", executor))
-    support.assert_same([support.bits(expected)], [support.bits(actual)])
-    exact = [float(prepare.scale_and_clip(g.double(), torch.tensor(ROW).double().unbind()).square().sum()) for g in gradients]
-    assert torch.allclose(expected, torch.tensor(exact, dtype=torch.float64), rtol=1e-6)
+@pytest.mark.parametrize("bounds", [(1.0, math.inf), (0.5, 0.75)], ids=str)
+def test_every_executor_sums_in_the_same_order(bounds: tuple[float, float], dtype: torch.dtype, shift: int, executor: str) -> None:
+    gradients = drawn(dtype, shift)
+    row = torch.tensor([*bounds, 1.0, 1.0, 1.0], dtype=compute_dtype(dtype))
+    expected = norms.reference(gradients, row)
+    assert torch.equal(squares(gradients, row, executor), expected)
+    exact = [
+        math.fsum((np.clip(g.to(row.dtype).numpy() * bounds[0], -bounds[1], bounds[1]).astype(float) ** 2).tolist()) for g in gradients
+    ]
+    assert np.allclose(expected.numpy(), exact, rtol=1e-14, atol=0)  # 20 additions of 2^-53 each
 
 
-def folds() -> Iterator[tuple[str, Tensor]]:
-    """The sums of 1, 1,024 and 2,500 numbers, and of none, by each of the three."""
-    counts = [1, LANES, 0, 2500]
-    values, starts = support.randn(sum(counts), seed=2, dtype=torch.float64).exp(), torch.tensor(np.cumsum([0, *counts]))
-    yield "reference", torch.stack([norms.fold(part) for part in values.split(counts)])
-    sums = torch.zeros(len(counts), dtype=torch.float64)
-    launch._run(kernels.fold, len(counts), (values, starts, sums), (LANES,))
-    yield "triton", sums
-    sums = torch.zeros(len(counts), dtype=torch.float64)
-    _, fold = cpp_launch.norm_kernels(prepare.scale_and_clip, (torch.float32, torch.float32), BLOCK)
-    fold(values.data_ptr(), starts.data_ptr(), len(counts), sums.data_ptr())
-    yield "compiled", sums
-    yield "numpy", torch.stack([part.sum() for part in values.split(counts)])
+@pytest.mark.parametrize("executor", ["compiled", "triton"])
+def test_the_order_matters(executor: str) -> None:
+    """What the test above compares is not the same in any order: reversed gradients give other bits."""
+    row = torch.tensor([1.0, math.inf, 1.0, 1.0, 1.0], dtype=torch.float64)
+    gradients = drawn(torch.float64)
+    reverse = [g.flip(0) for g in gradients]
+    assert not torch.equal(squares(reverse, row, executor), norms.reference(gradients, row))
 
 
-def test_folds_of_more_blocks_than_lanes() -> None:
-    found = dict(folds())
-    assert torch.allclose(found["reference"], found.pop("numpy"), rtol=1e-12)
-    for name, sums in found.items():
-        support.assert_same([support.bits(found["reference"])], [support.bits(sums)], name)
+@pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan])
+def test_special_values_reach_the_norm(special: float) -> None:
+    gradient = torch.ones(BLOCK + 3)
+    gradient[BLOCK + 1] = special
+    row = torch.tensor([1.0, math.inf, 1.0, 1.0, 1.0])
+    found = [norms.reference([gradient], row), *(squares([gradient], row, e) for e in ("compiled", "triton"))]
+    assert all(torch.equal(f.isnan(), found[0].isnan()) and torch.equal(f.nan_to_num(), found[0].nan_to_num()) for f in found)
+    assert not found[0].isfinite().any()
 
 
-def test_threads_do_not_share_sums() -> None:
-    gradients, threads = [support.randn(150 * BLOCK, seed=i) for i in range(2)], torch.get_num_threads()
-    try:
-        torch.set_num_threads(4)
-        found = [squares(gradients, torch.float32, "compiled") for _ in range(5)]
-    finally:
-        torch.set_num_threads(threads)
-    expected = squares(gradients, torch.float32, "reference")
-    assert all(torch.equal(expected, sums) for sums in found)
+def test_a_fold_of_thousands() -> None:
+    values = support.randn(5 * norms.LANES + 3, dtype=torch.float64)
+    assert math.isclose(float(norms.fold(values)), math.fsum(values.tolist()), rel_tol=1e-12)
+    assert float(norms.fold(torch.zeros(0, dtype=torch.float64))) == 0.0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_machine_code(dtype: torch.dtype, target: str) -> None:
+    """One read of the gradient at full width; float64 sums without fma; no spills."""
+    constants = {
+        "PREPARE": rules.compiled(prepare.scale_and_bound), "GRADIENT": launch.TRITON_DTYPE[dtype],
+        "COMPUTE": launch.TRITON_DTYPE[torch.float32], "TILE": norms.BLOCK // 8,
+    }  # fmt: skip
+    pointers = {"segments": "*i64", "blocks": "*i32", "factors": "*fp32", "sums": "*fp64"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(4)}
+    source = ASTSource(square_blocks, pointers | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=aligned)
+    machine = offline.TARGETS[target]
+    kernel = compile(source, target=machine, options={"num_warps": launch.THREADS // machine.warp_size, "enable_fp_fusion": False})
+    if target == "gfx942":
+        text = kernel.asm["amdgcn"]
+        assert offline._amd_resources(text)[1] == 0
+        assert not re.search(r"v_fma_f64|v_pk_fma", text)
+        return
+    registers, text = offline._disassembled(kernel.asm["cubin"])
+    assert registers <= 168  # one program of 256 threads fits; each has 8 loads of 128 bits under way
+    assert not re.search(r"\b(?:STL|LDL|DFMA|FFMA)\b", text)
+    width = "128" if dtype == torch.float32 else "64"
+    assert len(re.findall(rf"LDG\.E\.{width}\b", text)) >= 8

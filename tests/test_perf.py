@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fused_kopt
-from fused_kopt.cli import VARIANTS as OUR_VARIANTS
+from fused_kopt.commands.variants import VARIANTS as OUR_VARIANTS
 from perf import __main__ as command
 from perf import clocks, measure, plan, report, rows, run, tables
 from perf.cases import CLIP, OPTIMIZERS, RATE, SLOTS, VARIANTS, Case, Runner, Tensors
