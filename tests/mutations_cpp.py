@@ -15,6 +15,15 @@ COMPILED = (
         ("C++ float16 never infinite", "", "bits < 0x47800000u ? normal : 0x7C00u", "bits < 0x47800000u ? normal : 0x7BFFu"),
         ("C++ float16 read without denormals", "", "low < 0x400u ? denormal : normal", "normal"),
         ("C++ float16 infinity read as 65536", "", "low < 0x7C00u ? 0x38000000u : 0x70000000u", "0x38000000u"),
+        ("C++ float16 instructions truncate", "", "_mm256_loadu_ps(buffer + i), 0)", "_mm256_loadu_ps(buffer + i), 3)"),
+        ("C++ float16 buffer not written back", "", "variables.out(variable + at, n);", ""),
+        (
+            "C++ float16 buffer read beyond its part",
+            "",
+            "const int64_t n = count - at < @STAGE@ ? count - at : @STAGE@;",
+            "const int64_t n = @STAGE@;",
+        ),
+        ("C++ slots at the block's start", "update_source", "= slot{k} + at;", "= slot{k};"),
     ),
     *group(
         "test_compiled.py test_replays.py test_reliability_b3.py",
@@ -73,7 +82,7 @@ COMPILED = (
 
 LAUNCH = (
     *group(
-        "test_launch.py test_norms.py test_replays.py test_executors.py",
+        "test_launch.py test_norm_sums.py test_replays.py test_executors.py",
         "kernels/launch.py",
         ("tables that are written to known by identity", "segments", "(table is given and not table.flags.writeable)", "table is given"),
         ("tuned for nothing", "configuration", "return tuned or Config(", "return Config("),

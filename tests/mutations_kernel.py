@@ -88,7 +88,7 @@ KERNEL = (
     *group(
         EXECUTORS + " test_reliability_a.py",
         "fused_kopt/prepare.py",
-        ("clipped before it is scaled", "scale_and_clip", "op.clip(g * grad_scale, bound)", "op.clip(g, bound) * grad_scale"),
+        ("clipped before it is scaled", "scale_and_bound", "op.clip(g * f[0], f[1])", "op.clip(g, f[1]) * f[0]"),
         ("bound that binds", "", 'float("inf")', "1e3"),
     ),
     *group(
@@ -115,9 +115,9 @@ KERNEL = (
         (
             "values clipped after the norm",
             "scale_and_clip",
-            "op.clip(g * grad_scale, bound) * multiplier, divisor)",
-            "op.clip(g * grad_scale * multiplier, bound), divisor)",
+            "op.div(scale_and_bound(g, f) * f[2], f[3])",
+            "op.div(op.clip(g * f[0] * f[2], f[1]), f[3])",
         ),
     ),
-    *group("test_compiled.py", "fused_kopt/execute.py", ("auto never compiles", "_automatic", "elements >= WORTH_COMPILING", "False")),
+    *group("test_compiled.py", "fused_kopt/execute.py", ("auto never compiles", "_automatic", "work >= WORTH_COMPILING", "False")),
 )

@@ -96,7 +96,7 @@ REPLAYS = group(
 
 CLIPPING = (
     *group(
-        "test_norms.py test_repeat.py test_clipping.py test_compiled.py",
+        "test_norm_sums.py test_norms.py test_repeat.py test_clipping.py test_compiled.py",
         "fused_kopt/clipping.py",
         ("gradient dtypes in one group", "groups", ", gradient.dtype)", ")"),
         ("limits of the first step", "table", "if clips not in self._tables:", "if not self._tables:"),
@@ -104,7 +104,7 @@ CLIPPING = (
         ("factors of another pair", "rows", "zip(group.positions, table.unbind(), strict=True)", "enumerate(table.unbind())"),
     ),
     *group(
-        "test_norms.py",
+        "test_norm_sums.py test_norms.py",
         "fused_kopt/norms.py",
         ("norms in float32", "square_norm", "values.double().square()", "values.square().double()"),
         ("halves where neighbours are added", "_summed", "rows[:, ::2] + rows[:, 1::2]", "rows.chunk(2, 1)[0] + rows.chunk(2, 1)[1]"),
@@ -117,7 +117,7 @@ CLIPPING = (
         ),
     ),
     *group(
-        "test_norms.py",
+        "test_norm_sums.py test_norms.py",
         "kernels/norms.py",
         ("tiles in another order", "sum_block", "(a + c) + (b + d)", "(a + b) + (c + d)"),
         ("neighbours in another order", "paired", "(LENGTH >> (level + 1), 2)", "(2, LENGTH >> (level + 1))).trans((1, 0)"),
@@ -126,7 +126,7 @@ CLIPPING = (
         ("squares in the compute type", "squared", "f).to(tl.float64)", "f).to(tl.float32).to(tl.float64)"),
     ),
     *group(
-        "test_norms.py",
+        "test_norm_sums.py test_norms.py",
         "kernels/cpp.py",
         (
             "C++ squares in the compute type",
