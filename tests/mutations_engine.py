@@ -5,14 +5,13 @@ from mutations import EXECUTION, EXECUTORS, OPTIMIZERS, golden, group
 ENGINE = (
     *group(
         "test_clipping.py test_reliability_a.py;" + golden("clip"),
-        "fused_kopt/gradients.py",
-        ("norm clip enlarges", "_set_norm_clip", "torch.maximum(op.sqrt", "torch.minimum(op.sqrt"),
-        ("global norm of what was not clipped", "_set_norm_clip", "square * (row[2].double() / row[3].double()) ** 2", "square"),
-        ("norms in float32", "_square_norm", ".double().flatten()", ".flatten()"),
-        ("infinite global norm is no NaN", "_set_global_scale", " + (g - g)", ""),
+        "fused_kopt/clipping.py",
+        ("norm clip enlarges", "_clip_each", "torch.maximum(op.sqrt", "torch.minimum(op.sqrt"),
+        ("global norm of what was not clipped", "_clip_each", "squares * (table[:, 2].double() / table[:, 3].double()) ** 2", "squares"),
+        ("infinite global norm is no NaN", "_clip_all", " + (g - g)", ""),
         ("norm of the merged rows", "values", "gradient._values() if", "gradient.coalesce()._values() if"),
-        ("scale ignored", "clip_factors", "(grad_scale, bound,", "(1.0, bound,"),
-        ("scale alone ignored", "clip_factors", "grad_scale == 1.0 and all", "all"),
+        ("scale ignored", "row", "(self.grad_scale, bound,", "(1.0, bound,"),
+        ("scale alone ignored", "neutral", "self.grad_scale == 1.0 and ", ""),
     ),
     *group(
         "test_validation.py test_reliability_b.py test_reliability_b2.py test_reliability_c.py",
@@ -25,8 +24,8 @@ ENGINE = (
     ),
     *group(
         golden("nadam") + "; test_cli.py",
-        "fused_kopt/optimizer.py",
-        ("commit forgotten", "_apply", "self._commit(prepared.steps)", "pass"),
+        "fused_kopt/engine.py",
+        ("commit forgotten", "_finish", "self._commit(steps)", "pass"),
         ("never verified", "_apply", "if verifying:", "if False:"),
     ),
     *group(
@@ -46,7 +45,7 @@ ENGINE = (
         ("results accepted as variables", "check_variable", "variable.grad_fn is not None", "False"),
         ("inference tensors accepted", "check_variable", "variable.is_inference()", "False"),
         ("expanded variables accepted", "overlaps_itself", "int(np.unique(offsets).size) < tensor.numel()", "False"),
-        ("spans without memory", "__init__", "max(s.end, self.ends[-1] if self.ends else 0)", "s.end"),
+        ("spans without memory", "__init__", "np.maximum.accumulate(", "np.asarray("),
         ("last byte unseen", "interval", "data_ptr() + size, position", "data_ptr() + size - tensor.element_size(), position"),
         ("only neighbours compared", "first_overlap", "open_.append(span)", "open_ = [span]"),
     ),
@@ -84,6 +83,7 @@ ENGINE = (
         ("shapes of weights not compared", "assign", "tuple(weight.shape) != tuple(value.shape)", "False"),
         ("any number of weights", "assign", "len(weights) != len(values)", "False"),
         ("half-built state kept", "ensure", "bucket.back_to(mark)", "pass"),
+        ("iterations + 2", "count", "value += 1", "value += 2"),
         (
             "one bucket for all dtypes",
             "ensure",
@@ -117,10 +117,9 @@ ENGINE = (
     ),
     *group(
         "test_apply.py test_weights.py test_reliability_b2.py test_reliability_c.py test_reliability_c2.py test_tape.py " + EXECUTION,
-        "fused_kopt/optimizer.py",
-        ("iterations + 2", "_apply", "self.iterations.add_(1)", "self.iterations.add_(2)"),
-        ("iterations before the step", "_recipe", "steps_taken(), compute)", "steps_taken() + 1, compute)"),
-        ("autograd not told", "_apply", "torch.autograd.graph.increment_version(prepared.variables)", "pass"),
+        "fused_kopt/engine.py",
+        ("iterations before the step", "_scalars", "steps_taken()", "steps_taken() + 1"),
+        ("autograd not told", "_finish", "torch.autograd.graph.increment_version(variables)", "pass"),
         ("torn steps forgotten", "_apply", "self._torn = True", "self._torn = False"),
         ("steps inside steps", "_one_step", "if self._stepping:", "if False:"),
         ("changed variables accepted", "_check_known", "was not in (None, now)", "False"),
@@ -132,7 +131,7 @@ ENGINE = (
             "self._transformers + [self._aggregator] * aggregated",
         ),
         ("aggregated always", "_transform", "[self._aggregator] * aggregated", "[self._aggregator]"),
-        ("an empty list is a step", "apply_gradients", "if not pairs:", "if False:"),
+        ("an empty list is a step", "_apply_pairs", "if not pairs:", "if False:"),
     ),
     *group(
         "test_hyperparameters.py test_validation.py test_config.py test_reliability_a.py test_reliability_a2.py;"
@@ -188,7 +187,9 @@ ENGINE = (
         ("variables rounded to bfloat16", "_reference", "variable.copy_(p)", "variable.copy_(p.bfloat16())"),
         ("slots not stored", "_reference", "slot.copy_(value)", "pass"),
         ("gradients rounded to the variable's dtype", "_reference", "gradient.to(compute)", "gradient.to(variable.dtype).to(compute)"),
-        ("clip factors ignored", "_triton", "else prepare.scale_and_clip", "else prepare.keep"),
+        ("clip factors ignored", "bind", "else prepare.scale_and_clip", "else prepare.keep"),
+        ("variable and gradient swapped", "segment_tables", "v.data_ptr(), g.data_ptr()", "g.data_ptr(), v.data_ptr()"),
+        ("other gradient dtypes too", "segment_tables", " and g.dtype == dtype", ""),
     ),
     *group(
         golden("adam_default or rmsprop_default") + "; test_reliability_a.py test_reliability_a2.py test_executors.py",

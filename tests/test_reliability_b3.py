@@ -33,7 +33,7 @@ from torch import Tensor
 from fused_kopt import execute, layout, prepare
 from fused_kopt.buffers import Bucket
 from fused_kopt.execute import Update
-from fused_kopt.kernels import launch
+from fused_kopt.kernels import cpp, cpp_launch, launch
 from fused_kopt.optimizers.adam import Scalars as AdamScalars
 from fused_kopt.optimizers.adam import adam
 from fused_kopt.slots import Slot
@@ -85,9 +85,10 @@ def test_B25_B26_no_address_is_computed_from_a_32_bit_product() -> None:
         assert "tt.addptr" in ttir
 
 
-def far_blocks() -> None:
+def far_blocks(executor: str) -> None:
     """A step on elements 2**31 and beyond, with addresses such that these elements lie in small tensors."""
-    block, first = 1024, 2**31 // 1024 + 3
+    bind, block = {"triton": (launch.bind, 1024), "compiled": (cpp_launch.bind, cpp.BLOCK)}[executor]
+    first = 2**31 // block + 3
     start, tail = first * block, 77
     near = Walled([2 * block + tail])
 
@@ -105,7 +106,7 @@ def far_blocks() -> None:
     expected = near.update.copy()
     execute.run(expected, "reference")
     with small_blocks(block):
-        launch.bind(moved, prepare.keep)(moved.scalars, None)
+        bind(moved, prepare.keep)(moved.scalars, None)
     assert_same([bits(near.variables[0].variable)], [bits(expected.variables[0])])
     assert_same([bits(near.slots.variable)], [bits(expected.bucket.flat["momentum"])])
     assert near.variables[0].intact()
@@ -113,8 +114,9 @@ def far_blocks() -> None:
     print("exact")
 
 
-def test_B25_elements_beyond_2_to_the_31_are_reached() -> None:
-    assert python("import test_reliability_b3 as t; t.far_blocks()") == "exact\n"  # a wrong address is a segmentation fault
+@pytest.mark.parametrize("executor", ["triton", "compiled"])
+def test_B25_elements_beyond_2_to_the_31_are_reached(executor: str) -> None:
+    assert python(f"import test_reliability_b3 as t; t.far_blocks('{executor}')") == "exact\n"  # a wrong address is a segmentation fault
 
 
 def test_B27_a_grid_of_any_size_is_one_dimensional(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,144 @@
+"""Wrong versions of what repeats, flattens, replays and clips steps, one edit each (see `mutations.py`)."""
+
+from mutations import group
+
+REPEATED = "test_repeat.py test_flat_moves.py test_flat.py test_reliability_b.py test_reliability_c.py"
+
+REPEAT = (
+    *group(
+        REPEATED,
+        "fused_kopt/repeat.py",
+        ("an alias is the variable", "meets", " or not all(map(is_, variables, self.variables))", ""),
+        ("moved variables written where they were", "meets", " or list(map(_data_ptr, variables)) != self.variable_addresses", ""),
+        ("gradients of any kind", "meets", "not self.guards.check(*gradients, *variables) or ", ""),
+        ("gradients read where they were", "meets", "(addresses == self.gradient_addresses or", "(bool(self.gradient_addresses) or"),
+        ("repeated step overwrites its gradients", "_move", " or self.written.touches_any(starts, starts + self.sizes)", ""),
+        ("gradients at address 0", "_move", "((starts == 0) & (self.sizes > 0)).any() or ", ""),
+        ("segment table written in place", "_move", "table.copy()", "table\n                table.flags.writeable = True"),
+        ("slots that moved written where they were", "stays", "update.bucket.tables is tables", "True"),
+        ("rule of an earlier step", "applies", "update.rule is rule and ", ""),
+        ("clipped as an earlier step", "applies", " and (update.factors is None) == clips.neutral", ""),
+        ("executor of an earlier step", "find", "repeat.executor == executor and ", ""),
+        ("factors in the order of the pairs", "_take", "order[p] for p in positions]", "p for p in positions]"),
+        ("factors never reordered", "_take", "np.array_equal(take, np.arange(len(order)))", "len(take) == len(order)"),
+        ("factors of every compute dtype", "_take", "if (group.device, group.compute) == (bucket.device, bucket.compute)", ""),
+        ("norms of the gradients as they lie", "clip", "starts[g.positions]", "starts[: len(g.positions)]"),
+        ("copies repeated", "learn", "any(launch.finish for launch in launches)", "False"),
+        ("copied gradients repeated", "learn", " or g.data_ptr() not in borrowed", ""),
+        ("repeats without an end", "learn", "self._kept[: KEPT - 1]", "self._kept"),
+        (
+            "variables given twice repeated once",
+            "learn",
+            "sum(g is not None for update in updates for g in update.gradients) != len(pairs)",
+            "False",
+        ),
+        ("a zip is read twice", "flattened", "return zip(flat[::2], flat[1::2], strict=True), flat", "return pairs, flat"),
+    ),
+    *group(
+        REPEATED,
+        "fused_kopt/repeat.py",
+        (
+            "buffers in another order than the slots",
+            "_together",
+            "segments == bucket.segments and all(",
+            "len(segments) == len(bucket.segments) and any(",
+        ),
+        ("another Flat's launches", "of", "self._flat.flat is not flat or ", ""),
+        ("a Flat that is not whole", "of", " or not flat.whole()", ""),
+        ("a Flat's slots may move", "of", " and self._flat.each.stays()", ""),
+        ("others' gradients in a Flat's step", "of", " and self._flat.each.gradient_addresses is self._flat.addresses", ""),
+        ("one factor for a Flat", "of", "self._flat.together if together else self._flat.each", "self._flat.together"),
+    ),
+    *group(
+        REPEATED + " test_aggregate.py test_apply.py test_verification.py test_reliability_d.py",
+        "fused_kopt/engine.py",
+        ("transformers once", "_known", "self._transformers or ", ""),
+        ("verified once", "_known", "self._verifying() or ", ""),
+        ("aggregated once", "_known", " or reduced", ""),
+        ("torn repeats forgotten", "_again", "self._torn = True", "pass"),
+        ("factors of an earlier step", "_again", "repeat.clip(self._clipping())", "pass"),
+        ("collectives of what is there", "_apply_flat", "flat.gather()", "pass"),
+    ),
+)
+
+FLAT = group(
+    "test_flat_moves.py test_flat.py",
+    "fused_kopt/flat.py",
+    ("references not counted", "whole", " and counts == self._references", ""),
+    ("absent is zero", "_at_home", " and place.holds(gradient)", ""),
+    ("gradients stay away", "__call__", "flat._bring_home(self.position)", "pass"),
+    ("home without its values", "_bring_home", "view.copy_(variable.grad)", "pass"),
+    ("None brought home as it was", "_bring_home", "view.zero_()", "pass"),
+    ("foreign gradients brought home", "__call__", "not place.fits(gradient) or ", ""),
+    ("hooks of moved variables", "__call__", " or variable.data_ptr() != place.address", ""),
+    ("hooks outlive the Flat", "restore", "hook.remove()", "pass"),
+    ("restored gradients keep the buffer", "restore", "variable.grad = layout.clone(variable.grad, variable.grad.stride())", "pass"),
+    ("restored over what moved", "restore", "if variable.data_ptr() == place.address:", "if True:"),
+    ("shared variables flattened", "_check", "variable.is_shared() and not variable.is_cuda", "False"),
+    ("views flattened", "_check", " or variable._is_view()", ""),
+    ("parts of a memory flattened", "_check", "variable.untyped_storage().nbytes() != variable.numel() * variable.element_size()", "False"),
+    ("one buffer for all dtypes", "_alike", "(variable.device, variable.dtype)", "variable.device"),
+    ("variables flattened as they are laid out first", "_view", "segment.stride", "layout.contiguous_stride(segment.shape)"),
+    ("warned in every step", "whole", "self._warned = True", "pass"),
+    ("zero_grad leaves None", "zero_grad", "variable.grad = self._view(place.buffer, place.segment)", "pass"),
+    ("values of by-hand gradients from grad", "__iter__", "if by_hand else", "if False else"),
+)
+
+REPLAYS = group(
+    "test_replays.py",
+    "fused_kopt/replays.py",
+    ("forecasts counted", "_forecast", "weight.copy_(value)", "pass"),
+    ("scalars run out", "count", "if self.left < max(steps, 1) or not steps:", "if not steps:"),
+    ("new rates unread", "count", " or not steps", ""),
+    ("forecast commits nothing", "_next", "self._owner._commit(steps)", "pass"),
+    ("rows of segments left out", "_next", "rows or [common]", "[common]"),
+)
+
+CLIPPING = (
+    *group(
+        "test_norm_sums.py test_norms.py test_repeat.py test_clipping.py test_compiled.py",
+        "fused_kopt/clipping.py",
+        ("gradient dtypes in one group", "groups", ", gradient.dtype)", ")"),
+        ("limits of the first step", "table", "if clips not in self._tables:", "if not self._tables:"),
+        ("shared factors written", "factors", "tables = [table.clone() for table in tables]", "tables = list(tables)"),
+        ("factors of another pair", "rows", "zip(group.positions, table.unbind(), strict=True)", "enumerate(table.unbind())"),
+    ),
+    *group(
+        "test_norm_sums.py test_norms.py",
+        "fused_kopt/norms.py",
+        ("norms in float32", "square_norm", "values.double().square()", "values.square().double()"),
+        ("halves where neighbours are added", "_summed", "rows[:, ::2] + rows[:, 1::2]", "rows.chunk(2, 1)[0] + rows.chunk(2, 1)[1]"),
+        ("block sums one after the other", "fold", "return _summed(total)[0]", "return total.sum()"),
+        (
+            "last block without sum",
+            "__init__",
+            "np.cumsum(-(-np.array(counts, dtype=np.int64) // BLOCK))",
+            "np.cumsum(np.array(counts) // BLOCK)",
+        ),
+    ),
+    *group(
+        "test_norm_sums.py test_norms.py",
+        "kernels/norms.py",
+        ("tiles in another order", "sum_block", "(a + c) + (b + d)", "(a + b) + (c + d)"),
+        ("neighbours in another order", "paired", "(LENGTH >> (level + 1), 2)", "(2, LENGTH >> (level + 1))).trans((1, 0)"),
+        ("tail of a norm one short", "sum_block", "place < left", "place < left - 1"),
+        ("block sums beyond the first 1,024", "fold", "range(first, last, LANES)", "range(first, first + LANES, LANES)"),
+        ("squares in the compute type", "squared", "f).to(tl.float64)", "f).to(tl.float32).to(tl.float64)"),
+    ),
+    *group(
+        "test_norm_sums.py test_norms.py",
+        "kernels/cpp.py",
+        (
+            "C++ squares in the compute type",
+            "norm_source",
+            "double({value.text}) * double({value.text})",
+            "double({value.text} * {value.text})",
+        ),
+        ("C++ neighbours as halves", "", "s[i] = s[2 * i] + s[2 * i + 1]", "s[i] = s[i] + s[i + length / 2]"),
+        ("sums of an earlier block", "", "for (int64_t i = count; i < length; ++i) s[i] = 0;", ""),
+        ("C++ block sums beyond the first 1,024", "", "total[k % 1024] +=", "if (k < 1024) total[k % 1024] +="),
+        ("squares shared by threads", "", "    double squares[@BLOCK@];", "    static double squares[@BLOCK@];"),
+    ),
+)
+
+PATHS = (*REPEAT, *FLAT, *REPLAYS, *CLIPPING)
