@@ -78,7 +78,7 @@ class Flat:
             return False
         try:
             return list(map(_data_ptr, map(_grad, self.variables))) == gradient_addresses
-        except TypeError:  # a gradient is None
+        except (TypeError, RuntimeError):  # a gradient is None, or sparse
             return False
 
     def _warn(self) -> None:

@@ -1,6 +1,5 @@
 """Launching the kernel: tables, block sizes, counters, and the choice between the compiler and the interpreter."""
 
-import contextlib
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -176,8 +175,7 @@ def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: tuple[An
         with _INTERPRETER_LOCK, np.errstate(all="ignore"):
             interpreted[(grid,)](*arguments, *constants)
         return
-    # Triton launches on the current device, whatever its arguments lie on
-    with torch.cuda.device_of(first) if first.is_cuda else contextlib.nullcontext():
+    with torch.cuda.device_of(first):  # Triton launches on the current device, whatever its arguments lie on
         if first.is_cuda:  # its memory may have been made on another stream
             stream = torch.cuda.current_stream()
             for tensor in arguments:

@@ -82,10 +82,7 @@ def test_variables_moved_before_backward_whose_old_memory_lives_on(options: dict
     support.assert_same(*moved_results(executor, kept, nothing, **options))
 
 
-fails = pytest.mark.xfail(strict=True, reason="the number of references stays the same, and the step is taken for one of the Flat's own")
-
-
-@pytest.mark.parametrize("executor", ["reference", *(pytest.param(e, marks=fails) for e in ("compiled", "triton"))])
+@every_executor
 @pytest.mark.parametrize("between", [kept, halved])
 def test_what_moved_after_backward_while_the_old_lives_on(between: Callable[..., Any], executor: str) -> None:
     support.assert_same(*moved_results(executor, nothing, between))

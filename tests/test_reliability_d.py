@@ -192,7 +192,7 @@ def test_D9_D10_a_step_inside_a_graph_capture_is_refused(executor: str, built: b
     before = state(optimizer, variables)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match=r"would replay this step's scalars for ever\. Call it outside the capture"):
+    with pytest.raises(RuntimeError, match=r"would replay this step's scalars for ever\. Call prepare_replays\(\) first"):
         optimizer.apply_gradients(pairs_of(variables, 2))
     monkeypatch.undo()
     assert_same(state(optimizer, variables), before)

@@ -8,8 +8,9 @@ import support
 import torch
 from torch import Tensor, nn
 
-from fused_kopt import TornStepError, repeat, verification
+from fused_kopt import TornStepError, verification
 from fused_kopt.optimizer import Optimizer
+from fused_kopt.repeats import KEPT
 
 FUSED = ("compiled", "triton")
 every_executor = pytest.mark.parametrize("executor", FUSED)
@@ -210,7 +211,7 @@ def test_no_more_than_a_few_are_kept() -> None:
     optimizer, mine = support.build("sgd", "compiled"), variables(*range(1, 11))
     for i in range(10):
         steps(optimizer, mine[: i + 1], 2)
-    assert repeats(optimizer) == repeat.KEPT
+    assert repeats(optimizer) == KEPT
 
 
 @every_executor
