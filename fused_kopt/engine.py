@@ -70,11 +70,13 @@ class Engine(Contract):
                 raise RuntimeError(
                     "A step in a CUDA graph would replay this step's scalars for ever. Call prepare_replays() first, or step outside."
                 )
-            self._stepping = True
+            self._stepping, recording = True, torch.is_grad_enabled()
             try:
                 yield
             finally:
                 self._stepping = False
+                if torch.is_grad_enabled() != recording:  # Ctrl-C between no_grad's entry and its block
+                    torch.set_grad_enabled(recording)
 
     def _check_known(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         for position, (_, variable) in enumerate(pairs):
@@ -135,10 +137,7 @@ class Engine(Contract):
         return self._finish(prepared.variables, prepared.steps)
 
     def _again(self, given: Flat | Sequence[Any], aggregated: bool) -> Tensor | None:
-        """The step by the launches of an earlier one; None, and nothing done, where it is not like one.
-
-        given: a Flat, or gradients and variables in turn.
-        """
+        """The step of a Flat, or of gradients and variables in turn, by the launches of an earlier one like it; None if there is none."""
         repeat = self._known(given, aggregated)
         if repeat is None:
             return None
@@ -208,9 +207,10 @@ class Engine(Contract):
         return Clips(self.grad_scale, self.clipvalue, self.clipnorm, self.global_clipnorm)
 
     def _rounds(self, prepared: Prepared) -> Iterator[list[Launch]]:
-        with torch.no_grad():
-            for entries in updates.rounds(prepared.entries, self._state):
-                yield updates.plan(entries, self._state, lambda bucket: prepared.recipes[(bucket.device, bucket.dtype)])
+        for entries in updates.rounds(prepared.entries, self._state):
+            with torch.no_grad():  # not around the yield: a traceback that keeps this frame would keep gradients off
+                launches = updates.plan(entries, self._state, lambda bucket: prepared.recipes[(bucket.device, bucket.dtype)])
+            yield launches
 
     def _recipe(self, key: tuple[torch.device, torch.dtype], steps: dict[torch.dtype, Step]) -> Recipe:
         hyperparameters.create(self)

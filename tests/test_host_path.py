@@ -1,5 +1,6 @@
 """What a step costs on the host, and that it allocates, compiles and uploads nothing that an earlier one did not. No GPU needed."""
 
+import contextlib
 import gc
 import time
 import tracemalloc
@@ -120,3 +121,19 @@ def test_a_thousand_steps_leave_nothing_behind(executor: Any) -> None:
         tracemalloc.stop()
     assert fused_kopt.stats().compilations == compiled
     assert grown < 20_000
+
+
+def test_an_interrupted_step_leaves_gradients_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C may come between the entry of torch.no_grad and its block, and then nothing leaves it."""
+
+    def interrupted(*arguments: Any) -> None:
+        torch._C._set_grad_enabled(False)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fused_kopt.execute._reference", interrupted)
+    monkeypatch.setattr("fused_kopt.execute.torch.no_grad", contextlib.nullcontext)
+    with pytest.raises(KeyboardInterrupt):
+        fused_kopt.SGD(executor="reference").apply_gradients([(torch.ones(3), torch.ones(3))])
+    recording = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert recording
