@@ -182,7 +182,7 @@ ENGINE = (
         ("taken names replaced", "register", "_REGISTRY.setdefault(key, cls) is not cls", "False"),
     ),
     *group(
-        "test_reliability_a.py test_reliability_a2.py " + EXECUTORS,
+        "test_reliability_a.py test_reliability_a2.py test_reliability_b2.py " + EXECUTORS,
         "fused_kopt/execute.py",
         ("variables rounded to bfloat16", "_reference", "variable.copy_(p)", "variable.copy_(p.bfloat16())"),
         ("slots not stored", "_reference", "slot.copy_(value)", "pass"),

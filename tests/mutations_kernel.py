@@ -58,7 +58,7 @@ KERNEL = (
         ("clip below only", "clip", "return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)", "return x"),
     ),
     *group(
-        EXECUTORS + " test_reliability_c.py test_reliability_d.py",
+        "test_reliability_d3.py test_reliability_c.py test_reliability_d.py " + EXECUTORS,
         "kernels/launch.py",
         ("stale addresses", "segments", "np.array_equal(table, copy)", "np.array_equal(table[:, 2:], copy[:, 2:])"),
         (

@@ -154,3 +154,30 @@ def test_zero_grad_brings_gradients_back() -> None:
     assert all(v.grad is not None and not v.grad.any() for v in flat.variables)
     support.assert_same(borrowed(), train(optimizer, net, flat))
     assert known(optimizer)
+
+
+@every_executor
+def test_gradients_of_others_between_steps_with_factors_of_their_own(executor: str) -> None:
+    """Such a step goes segment by segment, through launches that other gradients use as well."""
+    results = []
+    for flatten in (False, True):
+        net, optimizer = model(), support.build("adam", executor, clipnorm=0.05)
+        given: Any = optimizer.flatten(net.parameters()) if flatten else list(net.parameters())
+        train(optimizer, net, given, range(3))
+        optimizer.apply_gradients([(torch.ones_like(p), p) for p in net.parameters()])
+        results.append(train(optimizer, net, given, range(3, 6)))
+    support.assert_same(*results)
+
+
+def test_gather_takes_what_was_put_beside_the_buffer() -> None:
+    net = model()
+    flat = fused_kopt.SGD().flatten(net.parameters())
+    loss(net, 0).backward()
+    first, second, *others = flat.variables
+    before = [v.grad.clone() for v in others if v.grad is not None]
+    first.grad, second.grad = torch.full_like(first, 3.0), None
+    flat.gather()
+    assert torch.equal(flat.gradients[0], torch.full_like(first, 3.0))
+    assert not flat.gradients[1].any()
+    assert all(map(torch.equal, before, flat.gradients[2:]))
+    assert flat.whole()
