@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,14 +15,15 @@ from fused_kopt.slots import Slot
 class Bucket:
     """The variables of one launch: same device, same dtype.
 
-    Slots are owned here, in `flat[name]` (1-D, compute dtype); variables are borrowed. `views[name][i]` is the slot of
-    `variables[i]` in its shape, or None while Keras would not have created it yet.
+    Variables are borrowed; slots are owned here, in `flat[name]` (1-D, `stored` dtype), or borrowed as well (`borrow`).
+    `views[name][i]` is the slot of `variables[i]` in its shape, or None while Keras would not have created it yet.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, stored: torch.dtype | None = None) -> None:
         self.device = device
         self.dtype = dtype
         self.compute = layout.compute_dtype(dtype)
+        self.stored = stored or self.compute
         self.variables: list[Tensor] = []
         self.segments: list[Segment] = []
         self.flat: dict[str, Tensor] = {}
@@ -45,7 +47,7 @@ class Bucket:
             old = self.flat.get(slot.name)
             if old is not None and old.numel() == total:
                 continue
-            flat[slot.name] = torch.full((total,), slot.initial, dtype=self.compute, device=self.device)
+            flat[slot.name] = torch.full((total,), slot.initial, dtype=self.stored, device=self.device)
             if old is not None:
                 flat[slot.name][: old.numel()] = old
         return new, segments, flat
@@ -62,6 +64,17 @@ class Bucket:
             self._move(self.views.setdefault(name, [None] * len(self.variables)), buffer)
         if new or flat:
             self.tables = None
+
+    def borrow(self, slots: Mapping[str, Iterable[Tensor]]) -> None:
+        """Use slots that somebody else owns: by name one for each variable, in its segment's layout."""
+        self.views = {name: list(views) for name, views in slots.items()}
+
+    def addresses(self, name: str) -> Any:
+        """Where each variable's slot begins, int64 [variables]."""
+        if name in self.flat:
+            offsets = np.array([segment.offset for segment in self.segments], dtype=np.int64)
+            return self.flat[name].data_ptr() + offsets * self.flat[name].element_size()
+        return np.array([0 if view is None else view.data_ptr() for view in self.views[name]], dtype=np.int64)
 
     def mark(self) -> tuple[int, dict[str, Tensor]]:
         """What `back_to` needs to undo an `adopt` that was interrupted."""

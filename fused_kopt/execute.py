@@ -45,17 +45,12 @@ class Update:
     """Whether executors owe each other equal bits; False for rules with a general power."""
     factors: Tensor | None = None
     """Compute dtype [segments, 5]: see fused_kopt.prepare. None: all neutral."""
-    rows: Sequence[Sequence[float]] | None = None
-    """Per segment its scalars, where they differ."""
+    rows: Any = None
+    """Per segment its scalars, where they differ: a sequence of rows, or an array [segments, scalars] of the compute dtype."""
     current: Tensor | None = None
     """Compute dtype, 1-D: where launches read `scalars` (or all `rows`) on the device, in place of these."""
     tables: dict[torch.dtype, Any] | None = None
     """What `segment_tables` returns, where the addresses are known without the tensors."""
-
-    @property
-    def slots(self) -> tuple[Tensor, ...]:
-        """The flat buffers in rule order."""
-        return tuple(self.bucket.flat[name] for name in self.names)
 
     def blocks(self, block: int) -> Any:
         """The block table of the bucket."""
@@ -64,24 +59,29 @@ class Update:
     def segment_tables(self) -> dict[torch.dtype, Any]:
         """A segment table by gradient dtype, one launch each.
 
-        int64 [segments, 4]: address of the variable, of the gradient, elements (0: absent in this launch), offset in the slots.
+        int64 [segments, 3 + slots]: address of the variable, of the gradient, elements (0: absent in this launch), addresses
+        of the slots.
         """
         if self.tables is not None:
             return self.tables
         tables = {}
+        slots = np.array([self.bucket.addresses(name) for name in self.names]).T if self.names else 0
         for dtype in dict.fromkeys(g.dtype for g in self.gradients if g is not None):
-            tables[dtype] = np.zeros((len(self.gradients), 4), dtype=np.int64)
+            tables[dtype] = np.zeros((len(self.gradients), 3 + len(self.names)), dtype=np.int64)
+            tables[dtype][:, 3:] = slots
             for row, segment, v, g in zip(tables[dtype], self.bucket.segments, self.variables, self.gradients, strict=True):
                 if v is not None and g is not None and g.dtype == dtype:
-                    row[:] = v.data_ptr(), g.data_ptr(), segment.numel, segment.offset
+                    row[:3] = v.data_ptr(), g.data_ptr(), segment.numel
         return tables
 
     def copy(self) -> "Update":
         """The same update on copies of the variables and slots. Gradients are shared: nothing writes them."""
-        bucket = Bucket(self.bucket.device, self.bucket.dtype)
+        bucket = Bucket(self.bucket.device, self.bucket.dtype, self.bucket.stored)
         variables = [v if v is None else layout.clone(v, v.stride()) for v in self.variables]
-        flat = {name: self.bucket.flat[name].clone() for name in self.names}
+        flat = {name: self.bucket.flat[name].clone() for name in self.names if name in self.bucket.flat}
         bucket.adopt(list(self.bucket.variables), list(self.bucket.segments), flat)
+        if not flat:
+            bucket.borrow({name: [layout.clone(v, v.stride()) for v in self.bucket.views[name] if v is not None] for name in self.names})
         return replace(self, bucket=bucket, variables=variables)
 
 
@@ -89,18 +89,18 @@ def _reference(update: Update) -> None:
     """The rule on torch tensors, variable by variable, one correctly rounded operation at a time."""
     bucket, compute = update.bucket, update.bucket.compute
     # a device row: torch divides a CUDA tensor by a Python number or CPU scalar through its reciprocal
-    rows = torch.tensor(update.rows or [update.scalars], dtype=compute, device=bucket.device)
+    rows = torch.tensor([update.scalars] if update.rows is None else update.rows, dtype=compute, device=bucket.device)
     if update.current is not None:
         rows = update.current.view(rows.shape)
     for index, (variable, gradient) in enumerate(zip(update.variables, update.gradients, strict=True)):
         if variable is None or gradient is None:
             continue
-        slots = tuple(bucket.view(name, index) for name in update.names)
+        slots = [bucket.view(name, index) for name in update.names]
         g = gradient.to(compute)
         if update.factors is not None:
             g = prepare.scale_and_clip(g, update.factors[index].unbind())
-        scalars = type(update.scalars)(*rows[index if update.rows else 0].unbind())
-        p, values = update.rule(variable.to(compute), g, slots, scalars)
+        scalars = type(update.scalars)(*rows[0 if update.rows is None else index].unbind())
+        p, values = update.rule(variable.to(compute), g, tuple(slot.to(compute) for slot in slots), scalars)
         variable.copy_(p)
         for slot, value in zip(slots, values, strict=True):
             slot.copy_(value)

@@ -55,12 +55,13 @@ def name(variable: Any, position: int) -> str:
     return f"variable {position}{label} {tuple(variable.shape) if isinstance(variable, Tensor) else type(variable).__name__}"
 
 
-def check(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Tensor, Tensor]]:
+def check(pairs: Sequence[tuple[Any, Any]], names: Sequence[str] | None = None) -> list[tuple[Tensor, Tensor]]:
     """Pairs of detached tensors; raises TypeError, ValueError or RuntimeError for anything a step cannot update safely."""
     checked = []
     for position, (gradient, variable) in enumerate(pairs):
-        tensors.check_variable(variable, name(variable, position))
-        checked.append((_gradient(gradient, variable, f"gradient of {name(variable, position)}"), variable))
+        what = names[position] if names else name(variable, position)
+        tensors.check_variable(variable, what)
+        checked.append((_gradient(gradient, variable, f"gradient of {what}"), variable))
     distinct = list({id(v): v for _, v in checked}.values())
     overlap = tensors.first_overlap(distinct)
     if overlap:

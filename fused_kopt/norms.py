@@ -60,7 +60,7 @@ class Norms:
         self.device = device
         self.blocks = layout.blocks(counts, BLOCK)
         self.starts = np.concatenate([[0], np.cumsum(-(-np.array(counts, dtype=np.int64) // BLOCK))])
-        self.table = np.zeros((len(counts), 4), dtype=np.int64)
+        self.table = np.zeros((len(counts), 3), dtype=np.int64)
         self.table[:, 2] = counts
         self.tables: Any = None  # what the triton executor keeps between launches
 

@@ -1,6 +1,7 @@
 """The steady state: launches that an earlier step proved, run again at this step's addresses. About 0.4 us per variable."""
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from operator import is_
@@ -31,19 +32,24 @@ class Repeat:
     gradients of the same type, dtype, shape, strides and device, which may lie elsewhere."""
 
     def __init__(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], updates: Sequence[Update], chosen: Sequence[Chosen], executor: Executor
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        updates: Sequence[Update],
+        chosen: Sequence[Chosen],
+        executor: Executor,
+        slots: Sequence[Tensor] = (),
     ) -> None:
         gradients, self.variables = zip(*pairs, strict=True)
-        both = (*gradients, *self.variables)
-        layouts: Any = [list(t.shape) for t in both], [list(t.stride()) for t in both]
-        self.guards = TensorGuards(*both, dynamic_dims_sizes=layouts[0], dynamic_dims_strides=layouts[1])
+        all_ = (*gradients, *self.variables, *slots)
+        layouts: Any = [list(t.shape) for t in all_], [list(t.stride()) for t in all_]
+        self.guards = TensorGuards(*all_, dynamic_dims_sizes=layouts[0], dynamic_dims_strides=layouts[1])
         self.executor, self.chosen = executor, tuple(chosen)
         self.computes = list(dict.fromkeys(update.bucket.compute for update in updates))
-        self.variable_addresses = list(map(_data_ptr, self.variables))
+        self.fixed_addresses = list(map(_data_ptr, (*self.variables, *slots)))
         self.gradient_addresses: list[int] = []
         self.sizes = np.array([g.numel() * g.element_size() for g in gradients])
         self.tables = [update.bucket.tables for update in updates]
-        self.written = tensors.Written([*self.variables, *(flat for update in updates for flat in update.bucket.flat.values())])
+        self.written = tensors.Written([*self.variables, *slots, *(flat for update in updates for flat in update.bucket.flat.values())])
         self.places = [_places(update, pairs) for update in updates]
         clipped = any(update.factors is not None for update in updates)
         self.groups = clipping.groups(pairs) if clipped else []
@@ -51,11 +57,21 @@ class Repeat:
         self.launches: list[Callable[[Sequence[float], Tensor | None], None]] = []
         self.updates = [replace(update, variables=[], gradients=[], tables=update.segment_tables()) for update in updates]
 
-    def meets(self, gradients: Sequence[Any], variables: Sequence[Any]) -> bool:
-        """Whether the launches fit; if so, they hold the gradients' addresses."""
+    @functools.cached_property
+    def orders(self) -> list[Any]:
+        """Per update, for each of its segments, the position of its pair. For buckets in which no variable is absent."""
+        found = []
+        for places in self.places:
+            rows, positions = (np.concatenate(both) for both in zip(*places.values(), strict=True))
+            found.append(positions[np.argsort(rows)])
+        return found
+
+    def meets(self, gradients: Sequence[Any], variables: Sequence[Any], slots: Sequence[Any] = ()) -> bool:
+        """Whether the launches fit; if so, they hold the gradients' addresses. slots: those that somebody else owns."""
         if len(variables) != len(self.variables) or not all(map(is_, variables, self.variables)):
             return False
-        if not self.guards.check(*gradients, *variables) or list(map(_data_ptr, variables)) != self.variable_addresses:
+        fixed = [*variables, *slots]
+        if not self.guards.check(*gradients, *fixed) or list(map(_data_ptr, fixed)) != self.fixed_addresses:
             return False
         addresses = list(map(_data_ptr, gradients))
         return self.stays() and (addresses == self.gradient_addresses or self._move(addresses))

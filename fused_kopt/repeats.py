@@ -58,17 +58,19 @@ class Repeats:
 
     def find(self, flat: Sequence[Any], executor: Executor) -> Repeat | None:
         """The launches for gradients and variables in turn, holding their addresses; None where the long way must be taken."""
-        repeat = self._match(flat, executor)
+        repeat = self.match(flat[::2], flat[1::2], executor)
         if repeat is None and any(gradient is None for gradient in flat[::2]):
             pairs = list(zip(flat[::2], flat[1::2], strict=True))
-            repeat = self._match([tensor for pair in pairs if pair[0] is not None for tensor in pair], executor)
+            there = [pair for pair in pairs if pair[0] is not None]
+            repeat = self.match([g for g, _ in there], [v for _, v in there], executor)
             if repeat is not None:
                 gradients.warn_missing([gradients.name(v, i) for i, (g, v) in enumerate(pairs) if g is None])
         return repeat
 
-    def _match(self, flat: Sequence[Any], executor: Executor) -> Repeat | None:
+    def match(self, gradients: Sequence[Any], variables: Sequence[Any], executor: Executor, slots: Sequence[Any] = ()) -> Repeat | None:
+        """The same, without a look for absent gradients. slots: those that somebody else owns."""
         for position, repeat in enumerate(self._kept):
-            if repeat.executor == executor and repeat.meets(flat[::2], flat[1::2]):
+            if repeat.executor == executor and repeat.meets(gradients, variables, slots):
                 self._kept.insert(0, self._kept.pop(position))
                 return repeat
         return None
@@ -91,7 +93,12 @@ class Repeats:
             self._flat = Known(flat, repeat, repeat.together(flat), repeat.gradient_addresses)
 
     def learn(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], launches: Sequence[Launch], chosen: Sequence[Chosen], executor: Executor
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        launches: Sequence[Launch],
+        chosen: Sequence[Chosen],
+        executor: Executor,
+        slots: Sequence[Tensor] = (),
     ) -> None:
         """Keep a step's launches if they can run again: in place, each variable once, on executors that read addresses only."""
         updates = [launch.update for launch in launches]
@@ -104,6 +111,6 @@ class Repeats:
             or any(g.layout != torch.strided or g.data_ptr() not in borrowed for g, _ in pairs)
         ):
             return
-        repeat = Repeat(pairs, updates, chosen, executor)
+        repeat = Repeat(pairs, updates, chosen, executor, slots)
         others = [old for old in self._kept if len(old.variables) != len(pairs) or not all(map(is_, old.variables, repeat.variables))]
         self._kept = [repeat, *others[: KEPT - 1]]

@@ -96,12 +96,12 @@ def plan(entries: Sequence[Entry], state: State, recipe: Callable[[Bucket], Reci
         how = recipe(bucket)
         dense = [entry for entry in mine if entry.gradient.layout == torch.strided]
         if dense:
-            launches.append(_dense(bucket, dense, how, how.rule, written))
+            launches.append(dense_launch(bucket, dense, how, how.rule, written))
         launches += [_sparse(bucket, entry, how, written) for entry in mine if entry.gradient.layout != torch.strided]
     return launches
 
 
-def _dense(bucket: Bucket, entries: Sequence[Entry], recipe: Recipe, rule: Rule, written: tensors.Written) -> Launch:
+def dense_launch(bucket: Bucket, entries: Sequence[Entry], recipe: Recipe, rule: Rule, written: tensors.Written) -> Launch:
     """One launch over a bucket. A variable laid out otherwise than its slots is updated as a copy and written back."""
     count = len(bucket.variables)
     names = tuple(slot.name for slot in recipe.slots)
@@ -114,7 +114,7 @@ def _dense(bucket: Bucket, entries: Sequence[Entry], recipe: Recipe, rule: Rule,
         variable = entry.variable.detach()
         if variable.is_neg() or not layout.same_layout(segment.shape, segment.stride, variable.stride()):
             copy = clone(variable, segment.stride)
-            launch.finish.append(_copier(variable, copy))
+            launch.finish.append(copier(variable, copy))
             variable = copy
         launch.update.variables[index] = variable
         launch.update.gradients[index] = gradients.fit(entry.gradient, segment, written)
@@ -123,7 +123,8 @@ def _dense(bucket: Bucket, entries: Sequence[Entry], recipe: Recipe, rule: Rule,
     return launch
 
 
-def _copier(target: Tensor, source: Tensor) -> Callable[[], object]:
+def copier(target: Tensor, source: Tensor) -> Callable[[], object]:
+    """What writes a copy back."""
     return lambda: target.copy_(source)
 
 
@@ -143,7 +144,7 @@ def _sparse(bucket: Bucket, entry: Entry, recipe: Recipe, written: tensors.Writt
     if recipe.sparse_rows in ("touched", "each"):
         return _touched(bucket, variable, rows, sums, recipe)
     dense = torch.zeros(variable.shape, dtype=bucket.compute, device=bucket.device).index_copy_(0, rows, sums)
-    launch = _dense(bucket, [Entry(dense, variable, None)], recipe, recipe.sparse_rule(variable.dim()), written)
+    launch = dense_launch(bucket, [Entry(dense, variable, None)], recipe, recipe.sparse_rule(variable.dim()), written)
     if recipe.sparse_rows == "state":
         segment = bucket.segments[bucket.index[id(entry.variable)]]
         copy = layout.clone(variable, segment.stride)

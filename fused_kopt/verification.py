@@ -126,10 +126,10 @@ def _known_answer(rule: Rule, key: "tuple[Any, ...]", scalars: type, exact: bool
     Triton's disk cache has no integrity check: a damaged binary would run. Compilation failures show here as well,
     before a step has begun.
     """
-    device, dtype, gradient_dtype, names, clipped = key
+    device, dtype, gradient_dtype, stored, names, clipped = key
     generator = torch.Generator("cpu").manual_seed(0)
     variable, gradient = (torch.rand(KNOWN, generator=generator, device="cpu") + 0.5 for _ in range(2))
-    bucket = Bucket(device, dtype)
+    bucket = Bucket(device, dtype, stored)
     variable = variable.to(device, dtype)
     bucket.adopt(*bucket.grown([variable], [Slot(name, 0.25) for name in names]))
     numbers = scalars(*(0.5 + i / 64 for i in range(len(scalars._fields))))  # type: ignore[attr-defined]
@@ -153,7 +153,7 @@ def proven(update: Update, executor: Chosen, requested: Executor) -> Chosen:
     if executor == "reference" or (executor == "triton" and bucket.device.type == "cpu"):
         return executor
     for dtype in {g.dtype for g in update.gradients if g is not None}:
-        key = (bucket.device, bucket.dtype, dtype, update.names, update.factors is not None)
+        key = (bucket.device, bucket.dtype, dtype, bucket.stored, update.names, update.factors is not None)
         reason = _known_answer(update.rule, key, type(update.scalars), update.exact, executor)
         if _usable(reason, bucket.device, executor, requested) == "reference":
             return "reference"

@@ -29,9 +29,9 @@ _HEAD = """
 
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
-using C = @C@; using V = @V@; using G = @G@;
+using C = @C@; using V = @V@; using G = @G@; using S = @S@;
 
-struct Segment { int64_t variable, gradient, numel, offset; };
+struct Segment { int64_t variable, gradient, numel, slots[@SLOTS@]; };
 
 template <class To, class From> static inline To bits_as(From x) {
     To y;
@@ -100,6 +100,7 @@ static void block(V* variable, const G* gradient, @PARAMETERS@int64_t count, con
 @CONSTANTS@
     Stage<V> variables;
     Stage<G> gradients;
+    Stage<S> slots[@SLOTS@ + 1];
     for (int64_t at = 0; at < count; at += @STAGE@) {
         const int64_t n = count - at < @STAGE@ ? count - at : @STAGE@;
         auto* __restrict v = variables.in(variable + at, n);
@@ -110,11 +111,12 @@ static void block(V* variable, const G* gradient, @PARAMETERS@int64_t count, con
 @BODY@
         }
         variables.out(variable + at, n);
+@WRITTEN@
     }
 }
 
-extern "C" void update(const Segment* segments, const int32_t* blocks, int64_t grid, const C* factors, C* const* slots,
-                       const C* scalars, int64_t stride, int32_t threads) {
+extern "C" void update(const Segment* segments, const int32_t* blocks, int64_t grid, const C* factors, const C* scalars,
+                       int64_t stride, int32_t threads) {
     const int64_t fair = grid / (8 * int64_t(threads)), chunk = fair < 1 ? 1 : fair > 8 ? 8 : fair;
     #pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < grid; ++i) {
@@ -187,13 +189,14 @@ def traced(function: types.FunctionType) -> Callable[..., Any]:
     return rebind(function, replace)
 
 
-def _filled(template: str, body: list[str], dtypes: tuple[torch.dtype, torch.dtype], parts: dict[str, str]) -> str:
-    """A template with its types, the statements of its loop, and the constants that these use."""
+def _filled(template: str, body: list[str], dtypes: tuple[torch.dtype, ...], parts: dict[str, str]) -> str:
+    """A template with its types, the statements of its loop, and the constants that these use. dtypes: as for a source."""
     used = set(re.findall(r"\b[fs]\d+\b", "\n".join(body)))  # `keep` reads no factors, and none may be there
     parts |= {
         "C": "double" if dtypes[0] == torch.float64 else "float",
         "V": TYPES[dtypes[0]],
         "G": TYPES[dtypes[1]],
+        "S": TYPES[dtypes[-1]],
         "CONSTANTS": "\n".join(f"    const C {name} = {name[0]}[{name[1:]}];" for name in sorted(used)),
         "BODY": "\n".join(f"            {line}" for line in body),
     }
@@ -204,22 +207,24 @@ def _factors(body: list[str]) -> tuple[Value, ...]:
     return tuple(Value(f"f{k}", body) for k in range(5))
 
 
-def update_source(rule: Any, prepare: Any, scalars: Any, slots: int, dtypes: tuple[torch.dtype, torch.dtype]) -> str:
-    """The update's C++. dtypes: of the variable and of the gradient; scalars: the NamedTuple class of the step's scalars."""
+def update_source(rule: Any, prepare: Any, scalars: Any, slots: int, dtypes: tuple[torch.dtype, ...]) -> str:
+    """The update's C++. dtypes: of the variable, its gradient and its slots; scalars: the NamedTuple class of the step's scalars."""
     body: list[str] = []
     load = Value("", body).new
     p, g = load("Codec<Stage<V>::Type>::decode(v[i])"), load("Codec<Stage<G>::Type>::decode(g[i])")
-    values = tuple(load(f"w{k}[i]") for k in range(slots))
+    values = tuple(load(f"Codec<Stage<S>::Type>::decode(w{k}[i])") for k in range(slots))
     s = scalars(*(Value(f"s{k}", body) for k in range(len(scalars._fields))))
     new, values = traced(rule)(p, traced(prepare)(g, _factors(body)), values, s)
     body.append(f"v[i] = Codec<Stage<V>::Type>::encode({cpp_op.text(new)});")
-    body += [f"w{k}[i] = {cpp_op.text(value)};" for k, value in enumerate(values)]
+    body += [f"w{k}[i] = Codec<Stage<S>::Type>::encode({cpp_op.text(value)});" for k, value in enumerate(values)]
     parts = {
         "BLOCK": str(BLOCK),
         "STAGE": str(STAGE if torch.float16 in dtypes else BLOCK),
-        "PARAMETERS": "".join(f"C* slot{k}, " for k in range(slots)),
-        "VIEWS": "\n".join(f"        C* __restrict w{k} = slot{k} + at;" for k in range(slots)),
-        "ARGUMENTS": "".join(f"slots[{k}] + row.offset + start, " for k in range(slots)),
+        "SLOTS": str(slots),
+        "PARAMETERS": "".join(f"S* slot{k}, " for k in range(slots)),
+        "VIEWS": "\n".join(f"        auto* __restrict w{k} = slots[{k}].in(slot{k} + at, n);" for k in range(slots)),
+        "WRITTEN": "\n".join(f"        slots[{k}].out(slot{k} + at, n);" for k in range(slots)),
+        "ARGUMENTS": "".join(f"(S*)row.slots[{k}] + start, " for k in range(slots)),
     }
     return _filled(_UPDATE, body, dtypes, parts)
 
@@ -229,4 +234,4 @@ def norm_source(prepare: Any, dtypes: tuple[torch.dtype, torch.dtype], block: in
     body: list[str] = []
     value = traced(prepare)(Value("", body).new("Codec<G>::decode(gradient[i])"), _factors(body))
     body.append(f"squares[i] = double({value.text}) * double({value.text});")
-    return _filled(_NORMS, body, dtypes, {"BLOCK": str(block)})
+    return _filled(_NORMS, body, dtypes, {"BLOCK": str(block), "SLOTS": "0"})

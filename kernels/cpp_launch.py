@@ -24,9 +24,9 @@ def counters() -> tuple[int, int]:
 
 
 @functools.cache
-def kernel(rule: Any, prepare: Any, scalars: Any, slots: int, dtypes: tuple[torch.dtype, torch.dtype]) -> Any:
-    """The compiled function; dtypes of variable and gradient. Shapes, addresses, learning rates and steps are its arguments."""
-    return _function(cpp_build.load(cpp.update_source(rule, prepare, scalars, slots, dtypes)).update, "ppipppii")
+def kernel(rule: Any, prepare: Any, scalars: Any, slots: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> Any:
+    """The compiled function; dtypes of variable, gradient and slots. Shapes, addresses, learning rates and steps are its arguments."""
+    return _function(cpp_build.load(cpp.update_source(rule, prepare, scalars, slots, dtypes)).update, "ppippii")
 
 
 @functools.cache
@@ -45,13 +45,12 @@ def _function(function: Any, arguments: str) -> Any:
 
 
 class Fixed:
-    """What a bucket's launches share: ctypes takes 1.4 us for each address of an array."""
+    """What a bucket's launches share."""
 
     def __init__(self, update: Any) -> None:
         self.blocks = update.blocks(cpp.BLOCK)
         self.address = self.blocks.ctypes.data
         self.threads = update.bucket.segments[-1].end > ONE_THREAD
-        self.slots: dict[tuple[str, ...], Any] = {}
 
 
 def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], torch.Tensor | None], None]:
@@ -62,20 +61,19 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], torch.Tensor |
     if "cpp" not in bucket.tables:
         bucket.tables["cpp"] = Fixed(update)
     fixed: Fixed = bucket.tables["cpp"]
-    if update.names not in fixed.slots:
-        fixed.slots[update.names] = (ctypes.c_void_p * len(update.names))(*(flat.data_ptr() for flat in update.slots))
-    slots: Any = fixed.slots[update.names]
     kind: Any = type(update.scalars)
-    row = (ctypes.c_double if bucket.compute == torch.float64 else ctypes.c_float) * len(update.scalars)
+    wide = bucket.compute == torch.float64
+    row = (ctypes.c_double if wide else ctypes.c_float) * len(update.scalars)
     calls = [
-        (kernel(update.rule, prepare, kind, len(update.names), (bucket.dtype, dtype)), table, table.ctypes.data)
+        (kernel(update.rule, prepare, kind, len(update.names), (bucket.dtype, dtype, bucket.stored)), table, table.ctypes.data)
         for dtype, table in update.segment_tables().items()
         if len(fixed.blocks)
     ]
 
     def launch(scalars: Sequence[float], factors: torch.Tensor | None) -> None:
         global _launches
-        numbers: Any = row(*scalars) if update.rows is None else (row * len(update.rows))(*map(tuple, update.rows))
+        table = None if update.rows is None else np.ascontiguousarray(update.rows, dtype=np.float64 if wide else np.float32)
+        numbers: Any = row(*scalars) if table is None else table.ctypes.data
         if update.current is not None:
             numbers = update.current.data_ptr()
         stride = 0 if update.rows is None else len(scalars)
@@ -84,7 +82,7 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], torch.Tensor |
         for step, _, address in calls:
             with _counter_lock:
                 _launches += 1
-            step(address, fixed.address, len(fixed.blocks), None if clips is None else clips.data_ptr(), slots, numbers, stride, threads)
+            step(address, fixed.address, len(fixed.blocks), None if clips is None else clips.data_ptr(), numbers, stride, threads)
 
     return launch
 

@@ -68,7 +68,7 @@ class Tables:
         self._factors: Tensor | None = None
 
     def segments(self, table: Any, dtype: torch.dtype) -> Tensor:
-        """A segment table of the gradients of one dtype, int64[n, 4], on the device. A read-only array is known by identity."""
+        """A segment table of the gradients of one dtype, on the device. A read-only array is known by identity."""
         if dtype in self._segments:
             given, copy, uploaded = self._segments[dtype]
             if (table is given and not table.flags.writeable) or np.array_equal(table, copy):
@@ -142,12 +142,10 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], Tensor | None]
         block, warps = _interpreter_block(bucket.segments), 0
         if not interpret:
             block, warps = configuration(update.rule, bucket.device, (bucket.dtype, dtype))
-        tables, kinds = _tables(update, block), (TRITON_DTYPE[bucket.dtype], TRITON_DTYPE[dtype], TRITON_DTYPE[bucket.compute])
+        tables, kinds = _tables(update, block), [TRITON_DTYPE[kind] for kind in (bucket.dtype, dtype, bucket.stored, bucket.compute)]
         if tables.grid:
-            constants = (wrap(update.rule), wrap(prepare), build, stride, *kinds, block)
+            constants = (wrap(update.rule), wrap(prepare), build, stride, len(update.names), *kinds, block)
             calls.append((tables, tables.segments(table, dtype), constants, warps, []))
-
-    slots = update.slots
 
     def launch(scalars: Sequence[float], factors: Tensor | None) -> None:
         numbers = scalars
@@ -155,7 +153,7 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], Tensor | None]
             row = scalar_row(scalars if update.rows is None else update.rows, bucket) if update.current is None else update.current
             numbers = type(scalars)(*(row[i:] for i in range(len(scalars))))
         for tables, segments, constants, warps, known in calls:
-            arguments = (segments, tables.blocks, tables.unread(update) if factors is None else factors, slots, numbers)
+            arguments = (segments, tables.blocks, tables.unread(update) if factors is None else factors, numbers)
             _run(update_bucket, tables.grid, arguments, constants, warps, known)
 
     return launch

@@ -48,10 +48,10 @@ def square_blocks(
 ):  # fmt: skip
     """float64[grid] sums of the squares of 8 * TILE elements each, prepared by the one row of `factors`. TILE is 1024.
 
-    segments: int64[n, 4] as for the update. blocks: int32[grid, 2] = segment, block of it.
+    segments: int64[n, 3] as for an update without slots. blocks: int32[grid, 2] = segment, block of it.
     """
     program = tl.program_id(0).to(tl.int64)
-    row = segments + 4 * tl.load(blocks + 2 * program).to(tl.int64)
+    row = segments + 3 * tl.load(blocks + 2 * program).to(tl.int64)
     start = tl.load(blocks + 2 * program + 1).to(tl.int64) * (8 * TILE)
     gradient = tl.load(row + 1)
     left = tl.load(row + 2) - start

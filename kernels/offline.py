@@ -46,8 +46,10 @@ class Spec(NamedTuple):
             "PREPARE": wrap(self.prepare),
             "SCALARS": launch.Build(self.scalars) if interpret or self.compute == torch.float64 else None,
             "STRIDE": 0,
+            "SLOTS": self.slots,
             "VARIABLE": launch.TRITON_DTYPE[self.variable],
             "GRADIENT": launch.TRITON_DTYPE[self.gradient],
+            "SLOT": launch.TRITON_DTYPE[self.compute],
             "COMPUTE": launch.TRITON_DTYPE[self.compute],
             "BLOCK": block,
         }
@@ -56,7 +58,7 @@ class Spec(NamedTuple):
         """The types of its other arguments."""
         name, pointer = TRITON_NAME[self.compute], "*" if self.compute == torch.float64 else ""
         scalars = self.scalars(*[pointer + name] * len(self.scalars._fields))  # type: ignore[attr-defined]
-        return {"segments": "*i64", "blocks": "*i32", "factors": f"*{name}", "slots": (f"*{name}",) * self.slots, "s": scalars}
+        return {"segments": "*i64", "blocks": "*i32", "factors": f"*{name}", "s": scalars}
 
 
 class Code(NamedTuple):
@@ -98,7 +100,7 @@ def build(spec: Spec, target: str, config: Config | None = None) -> Code:
     block, warps = config or default(spec.variable, TARGETS[target].warp_size)
     constants = spec.constants(block)
     aligned = [["tt.divisibility", 16]]
-    pointers: dict[Any, Any] = {(i,): aligned for i in range(3)} | {(3, i): aligned for i in range(spec.slots)}
+    pointers: dict[Any, Any] = {(i,): aligned for i in range(3)}
     source = ASTSource(update_bucket, spec.signature() | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=pointers)
     # explicit, as in a launch: the default of enable_fp_fusion flips between Triton releases
     kernel = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "enable_fp_fusion": False})

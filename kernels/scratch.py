@@ -19,7 +19,7 @@ class Scratch:
         self.variable = self._ones(spec.variable)
         self.gradient = self._ones(spec.gradient)  # no subnormal number, whose slow path would be timed
         self.slots = tuple(self._ones(spec.compute) for _ in range(spec.slots))
-        rows = [[self.variable.data_ptr(), self.gradient.data_ptr(), elements, 0]]
+        rows = [[self.variable.data_ptr(), self.gradient.data_ptr(), elements, *(slot.data_ptr() for slot in self.slots)]]
         self._segments = torch.tensor(rows, dtype=torch.int64, device=device)
         self._factors = torch.ones((1, 5), dtype=spec.compute, device=device)
         by_pointer = spec.compute == torch.float64 or device.type == "cpu"  # as in a launch; the interpreter's floats are float64
@@ -33,7 +33,7 @@ class Scratch:
         """The kernel's arguments before its constexprs; `blocks`, the second, has a row per program."""
         programs = torch.arange(-(-self.elements // block), dtype=torch.int32, device=self.device)
         blocks = torch.stack((torch.zeros_like(programs), programs), dim=1)
-        return self._segments, blocks, self._factors, self.slots, self._scalars
+        return self._segments, blocks, self._factors, self._scalars
 
     def launcher(self, config: Config) -> Callable[[], None]:
         """A function that launches the compiled kernel once, in one configuration."""

@@ -25,44 +25,45 @@ def encode(x, STORED: tl.constexpr):
 @triton.jit
 def update_block(
     variable, gradient, slots, s, factors, lanes, mask,
-    RULE: tl.constexpr, PREPARE: tl.constexpr, VARIABLE: tl.constexpr, GRADIENT: tl.constexpr, COMPUTE: tl.constexpr,
+    RULE: tl.constexpr, PREPARE: tl.constexpr, VARIABLE: tl.constexpr, GRADIENT: tl.constexpr, SLOT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Load, compute, store BLOCK elements. Pointers are at the block's first element; mask is None for a full block."""
     p = decode(tl.load(variable + lanes, mask=mask), VARIABLE, COMPUTE)
     g = decode(tl.load(gradient + lanes, mask=mask), GRADIENT, COMPUTE)
     values = ()
     for i in tl.static_range(len(slots)):
-        values += (tl.load(slots[i] + lanes, mask=mask),)
+        values += (decode(tl.load(slots[i] + lanes, mask=mask), SLOT, COMPUTE),)
     p, values = RULE(p, PREPARE(g, factors), values, s)
     tl.store(variable + lanes, encode(p, VARIABLE), mask=mask)
     for i in tl.static_range(len(slots)):
-        tl.store(slots[i] + lanes, values[i], mask=mask)
+        tl.store(slots[i] + lanes, encode(values[i], SLOT), mask=mask)
 
 
 @triton.jit
 def update_bucket(
-    segments, blocks, factors, slots, s,
-    RULE: tl.constexpr, PREPARE: tl.constexpr, SCALARS: tl.constexpr, STRIDE: tl.constexpr,
-    VARIABLE: tl.constexpr, GRADIENT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    segments, blocks, factors, s,
+    RULE: tl.constexpr, PREPARE: tl.constexpr, SCALARS: tl.constexpr, STRIDE: tl.constexpr, SLOTS: tl.constexpr,
+    VARIABLE: tl.constexpr, GRADIENT: tl.constexpr, SLOT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update one bucket in place, one program per block.
 
-    segments: int64[n, 4] = variable address, gradient address, numel (0: absent in this step), first element in the slots.
+    segments: int64[n, 3 + SLOTS] = addresses of variable and gradient, numel (0: absent in this step), addresses of the slots.
     blocks: int32[grid, 2] = segment, block of it. factors: COMPUTE[n, 5], what PREPARE does to the gradient.
-    slots: tuple of flat buffers (COMPUTE). s: the scalars, as floats, or where SCALARS builds them as pointers to those of
-    segment 0; those of the next one lie STRIDE elements on.
+    s: the scalars, as floats, or where SCALARS builds them as pointers to those of segment 0; those of the next one lie
+    STRIDE elements on.
     """
     block = blocks + 2 * tl.program_id(0).to(tl.int64)
     segment = tl.load(block).to(tl.int64)
     start = tl.load(block + 1).to(tl.int64) * BLOCK
-    row = segments + 4 * segment
+    row = segments + (3 + SLOTS) * segment
     variable = tl.load(row)
     gradient = tl.load(row + 1)
     left = tl.load(row + 2) - start
-    slot_start = tl.multiple_of(tl.load(row + 3), 16) + start
-    views = ()
-    for i in tl.static_range(len(slots)):
-        views += (slots[i] + slot_start,)
+    together = variable | gradient
+    addresses = ()
+    for i in tl.static_range(SLOTS):
+        addresses += (tl.load(row + 3 + i),)
+        together |= addresses[i]
     f = ()
     for i in tl.static_range(5):
         f += (tl.load(factors + 5 * segment + i),)
@@ -75,16 +76,23 @@ def update_bucket(
     # bfloat16 travels as its bits: the interpreter truncates and AMD's cast differs, integer rounding is right everywhere
     V: tl.constexpr = tl.pointer_type(tl.uint16 if VARIABLE == tl.bfloat16 else VARIABLE)
     G: tl.constexpr = tl.pointer_type(tl.uint16 if GRADIENT == tl.bfloat16 else GRADIENT)
-    if (left >= BLOCK) & ((variable | gradient) % 16 == 0):
+    S: tl.constexpr = tl.pointer_type(tl.uint16 if SLOT == tl.bfloat16 else SLOT)
+    if (left >= BLOCK) & (together % 16 == 0):
         # the cast first and in place, then the hint, then the offset: the order that vectorises to 128 bits (a cast in a
         # function of its own loses the hint in Triton 3.6)
         v = tl.multiple_of(variable.to(V), 16) + start
         g = tl.multiple_of(gradient.to(G), 16) + start
-        update_block(v, g, views, scalars, f, lanes, None, RULE, PREPARE, VARIABLE, GRADIENT, COMPUTE)
+        views = ()
+        for i in tl.static_range(SLOTS):
+            views += (tl.multiple_of(addresses[i].to(S), 16) + start,)
+        update_block(v, g, views, scalars, f, lanes, None, RULE, PREPARE, VARIABLE, GRADIENT, SLOT, COMPUTE)
     else:
         v = variable.to(V) + start
         g = gradient.to(G) + start
-        update_block(v, g, views, scalars, f, lanes, lanes < left, RULE, PREPARE, VARIABLE, GRADIENT, COMPUTE)
+        views = ()
+        for i in tl.static_range(SLOTS):
+            views += (addresses[i].to(S) + start,)
+        update_block(v, g, views, scalars, f, lanes, lanes < left, RULE, PREPARE, VARIABLE, GRADIENT, SLOT, COMPUTE)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ COMPILED = (
             "const int64_t n = count - at < @STAGE@ ? count - at : @STAGE@;",
             "const int64_t n = @STAGE@;",
         ),
-        ("C++ slots at the block's start", "update_source", "= slot{k} + at;", "= slot{k};"),
+        ("C++ slots at the block's start", "update_source", "in(slot{k} + at, n);", "in(slot{k}, n);"),
     ),
     *group(
         "test_compiled.py test_replays.py test_reliability_b3.py",
@@ -33,7 +33,7 @@ COMPILED = (
         ("C++ 32-bit element numbers", "", "int64_t(@BLOCK@);", "int32_t(@BLOCK@);"),
         ("C++ rows of scalars unread", "", "scalars + stride * index", "scalars"),
         ("C++ factors of the first variable", "", "factors + 5 * index", "factors"),
-        ("C++ slots from the buffer's start", "update_source", "] + row.offset + start, ", "] + start, "),
+        ("C++ slots from the segment's start", "update_source", "(S*)row.slots[{k}] + start, ", "(S*)row.slots[{k}], "),
         ("C++ numbers in double", "", '"C": "double" if dtypes[0] == torch.float64 else "float"', '"C": "double"'),
     ),
     *group(
@@ -73,8 +73,12 @@ COMPILED = (
         ("all threads for a small bucket", "bind", "torch.get_num_threads() if fixed.threads else 1", "torch.get_num_threads()"),
         ("one thread for a large bucket", "__init__", "> ONE_THREAD", "> 1 << 62"),
         ("C++ rates of their own unread", "bind", "0 if update.rows is None else len(scalars)", "0"),
-        ("gradients of several dtypes as the variable's", "bind", "(bucket.dtype, dtype))", "(bucket.dtype, bucket.dtype))"),
-        ("slots of the first names", "bind", "if update.names not in fixed.slots:", "if not fixed.slots:"),
+        (
+            "gradients of several dtypes as the variable's",
+            "bind",
+            "(bucket.dtype, dtype, bucket.stored)",
+            "(bucket.dtype, bucket.dtype, bucket.stored)",
+        ),
         ("C++ launches not counted", "bind", "_launches += 1", "_launches += 0"),
         ("first row of scalars for ever", "advance", "counter[0] += 1", "pass"),
     ),

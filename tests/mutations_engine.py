@@ -97,12 +97,12 @@ ENGINE = (
         ("a variable twice counts once", "rounds", "left = later", "left = []"),
         (
             "slots in reverse for the rule",
-            "_dense",
+            "dense_launch",
             "tuple(slot.name for slot in recipe.slots)",
             "tuple(slot.name for slot in recipe.slots)[::-1]",
         ),
-        ("strided variables not written back", "_dense", "launch.finish.append(_copier(variable, copy))", "pass"),
-        ("factors of another variable", "_dense", "rows[index] = entry.factors", "rows[-1 - index] = entry.factors"),
+        ("strided variables not written back", "dense_launch", "launch.finish.append(copier(variable, copy))", "pass"),
+        ("factors of another variable", "dense_launch", "rows[index] = entry.factors", "rows[-1 - index] = entry.factors"),
         ("later gradient read too late", "rounds", "replace(e, gradient=e.gradient.clone()) if", "e if"),
     ),
     *group(
@@ -189,6 +189,7 @@ ENGINE = (
         ("gradients rounded to the variable's dtype", "_reference", "gradient.to(compute)", "gradient.to(variable.dtype).to(compute)"),
         ("clip factors ignored", "bind", "else prepare.scale_and_clip", "else prepare.keep"),
         ("variable and gradient swapped", "segment_tables", "v.data_ptr(), g.data_ptr()", "g.data_ptr(), v.data_ptr()"),
+        ("slots of the first variable for all", "segment_tables", "[:, 3:] = slots", "[:, 3:] = slots[:1]"),
         ("other gradient dtypes too", "segment_tables", " and g.dtype == dtype", ""),
     ),
     *group(

@@ -4,13 +4,48 @@ from mutations import group
 
 REPEATED = "test_repeat.py test_flat_moves.py test_flat.py test_reliability_b.py test_reliability_c.py"
 
+BORROWED = (
+    *group(
+        "test_borrowed.py",
+        "fused_kopt/borrowed.py",
+        ("rows of other variables", "_numbers", "given.which[members]", "given.which[: len(members)]"),
+        ("everybody's row from the first", "_numbers", "if len(distinct) == 1:", "if True:"),
+        ("launches bound to shared scalars", "step", "                repeat.bind()\n", "                pass\n"),
+        ("slots laid out otherwise not written back", "_launch", "finish.append(updates.copier(slots[name][i], copy))", "pass"),
+        (
+            "slots laid out otherwise taken as they are",
+            "_elsewhere",
+            "not layout.same_layout(segment.shape, segment.stride, slot.stride())",
+            "False",
+        ),
+        ("repeats of another rule", "step", " or not repeat.applies(rule, clips)", ""),
+        ("slots kept alive", "_anew", "launch.update.bucket.borrow({})", "pass"),
+        ("slots of one dtype for all", "_buckets", "slots[0][position].dtype if slots else", "slots[0][0].dtype if slots else"),
+        ("shared slots not seen", "_check_slots", "if overlap or", "if False and overlap or False and"),
+        ("shapes of slots not compared", "_check_slots", "slot.shape != variable.shape or", ""),
+        ("autograd is not told", "step", "torch.autograd.graph.increment_version(given.variables)", "pass"),
+    ),
+    *group(
+        "test_borrowed.py",
+        "fused_kopt/repeat.py",
+        ("borrowed slots may move", "__init__", "(*self.variables, *slots)))", "(*self.variables, *slots[:0])))"),
+    ),
+    *group(
+        "test_borrowed.py",
+        "fused_kopt/options.py",
+        ("decay after the step", "decayed", "inner(p * s.decay, g, slots, s)", "inner(p, g, slots, s)"),
+        ("penalty forgotten", "penalised", "g + p * s.penalty", "g"),
+        ("average of the old variable", "averaged", "p, values = inner", "_, values = inner"),
+    ),
+)
+
 REPEAT = (
     *group(
         REPEATED,
         "fused_kopt/repeat.py",
         ("an alias is the variable", "meets", " or not all(map(is_, variables, self.variables))", ""),
-        ("moved variables written where they were", "meets", " or list(map(_data_ptr, variables)) != self.variable_addresses", ""),
-        ("gradients of any kind", "meets", "not self.guards.check(*gradients, *variables) or ", ""),
+        ("moved variables written where they were", "meets", " or list(map(_data_ptr, fixed)) != self.fixed_addresses", ""),
+        ("gradients of any kind", "meets", "not self.guards.check(*gradients, *fixed) or ", ""),
         ("gradients read where they were", "meets", "(addresses == self.gradient_addresses or", "(bool(self.gradient_addresses) or"),
         ("repeated step overwrites its gradients", "_move", " or self.written.touches_any(starts, starts + self.sizes)", ""),
         ("gradients at address 0", "_move", "((starts == 0) & (self.sizes > 0)).any() or ", ""),
@@ -36,16 +71,10 @@ REPEAT = (
     *group(
         REPEATED + " test_host_path.py",
         "fused_kopt/repeats.py",
-        ("executor of an earlier step", "_match", "repeat.executor == executor and ", ""),
+        ("executor of an earlier step", "match", "repeat.executor == executor and ", ""),
         ("copies repeated", "learn", "any(launch.finish for launch in launches)", "False"),
         ("copied gradients repeated", "learn", " or g.data_ptr() not in borrowed", ""),
         ("repeats without an end", "learn", "others[: KEPT - 1]", "others"),
-        (
-            "variables given twice repeated once",
-            "learn",
-            "sum(g is not None for update in updates for g in update.gradients) != len(pairs)",
-            "False",
-        ),
         ("a zip is read twice", "flattened", "return zip(flat[::2], flat[1::2], strict=True), flat", "return pairs, flat"),
         ("another Flat's launches", "of", "self._flat.flat is not flat or ", ""),
         ("a Flat that is not whole", "of", " or not flat.whole()", ""),
@@ -152,4 +181,4 @@ CLIPPING = (
     ),
 )
 
-PATHS = (*REPEAT, *FLAT, *REPLAYS, *CLIPPING)
+PATHS = (*BORROWED, *REPEAT, *FLAT, *REPLAYS, *CLIPPING)

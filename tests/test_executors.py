@@ -76,7 +76,7 @@ def result(update: Update, executor: execute.Chosen) -> list[Tensor]:
     copy = update.copy()
     with small_blocks():
         execute.run(copy, executor)
-    return [t for t in (*copy.variables, *copy.slots) if t is not None]
+    return [t for t in (*copy.variables, *copy.bucket.flat.values()) if t is not None]
 
 
 def compare(update: Update) -> None:

@@ -99,12 +99,13 @@ def check_full_block(case: Case, block: machine_code.FullBlock) -> None:
 
 
 def check_guard(case: Case, text: str) -> None:
-    """The wide path is taken by blocks that are full, of variables and gradients that both start at a multiple of 16 bytes."""
+    """The wide path is taken by full blocks of variables, gradients and slots that all start at a multiple of 16 bytes."""
     block = launch.block_size(DTYPES[case.dtypes][0])
     amd = (rf"icmp sgt i64 %\d+, {block - 1}\b", r"= or i64 (%\d+), %\d+", r"= and i64 %\d+, 15\b")
     nvidia = (rf"setp\.lt\.s64\s+%p\d+, %rd\d+, {block};", r"or\.b64\s+%rd\d+, %rd\d+, %rd\d+;", r"and\.b64\s+%rd\d+, %rd\d+, 15;")
-    for pattern in amd if case.target == "gfx942" else nvidia:
-        assert len(re.findall(pattern, text)) == 1, pattern
+    ors = 1 + variants.RULES[case.rule].slots
+    for pattern, count in zip(amd if case.target == "gfx942" else nvidia, (1, ors, 1), strict=True):
+        assert len(re.findall(pattern, text)) == count, pattern
 
 
 def expected_accesses(case: Case) -> Counter[tuple[bool, str, int]]:
@@ -122,10 +123,10 @@ def expected_accesses(case: Case) -> Counter[tuple[bool, str, int]]:
 
 
 def expected_tables(case: Case) -> Counter[tuple[bool, str, int]]:
-    """Loads of the block's row (2), the segment's (4, without slots 3), the factors (5) and float64 scalars."""
+    """Loads of the block's row (2), the segment's (3, one more for each slot), the factors (5) and float64 scalars."""
     rule, (_, _, compute) = variants.RULES[case.rule], case.sizes
     expected = Counter({(False, "ld", 4): 2})
-    expected[(False, "ld", 8)] += 3 + bool(rule.slots)
+    expected[(False, "ld", 8)] += 3 + rule.slots
     expected[(False, "ld", compute)] += 5 * case.clipped + (len(used_scalars(rule)) if compute == 8 else 0)
     return expected
 

@@ -95,13 +95,14 @@ def far_blocks(executor: str) -> None:
     def far(tensor: Tensor) -> Any:
         return SimpleNamespace(dtype=tensor.dtype, data_ptr=lambda: tensor.data_ptr() - start * tensor.element_size())
 
-    segment = layout.Segment((), (), start + 2 * block + tail, -start)
-    bucket = SimpleNamespace(device=near.bucket.device, dtype=torch.float32, compute=torch.float32, segments=[segment], tables=None)
+    segment = layout.Segment((), (), start + 2 * block + tail, 0)
+    kinds = dict.fromkeys(("dtype", "compute", "stored"), torch.float32)
+    bucket = SimpleNamespace(device=near.bucket.device, segments=[segment], tables=None, **kinds)
     near.update.factors = torch.tensor([[1.0, float("inf"), 1.0, 1.0, 1.0]])
-    moved = SimpleNamespace(**vars(near.update) | {"bucket": bucket, "slots": near.update.slots})
+    moved = SimpleNamespace(**vars(near.update) | {"bucket": bucket})
     moved.variables, moved.gradients = ([far(t[0])] for t in (near.update.variables, near.update.gradients))
     moved.blocks = lambda size: np.array([(0, first + i) for i in range(3)], dtype=np.int32)
-    addresses = (moved.variables[0].data_ptr(), moved.gradients[0].data_ptr(), segment.numel, segment.offset)
+    addresses = (moved.variables[0].data_ptr(), moved.gradients[0].data_ptr(), segment.numel, far(near.slots.variable).data_ptr())
     moved.segment_tables = lambda: {torch.float32: np.array([addresses])}
     expected = near.update.copy()
     execute.run(expected, "reference")

@@ -139,6 +139,8 @@ def test_a_variable_given_twice(executor: str) -> None:
     def scenario(optimizer: Optimizer) -> Sequence[Tensor]:
         a, b = variables(9, 4)
         steps(optimizer, [a, b, a], 4)
+        for _ in range(3):
+            optimizer.apply_gradients([(a / 2, a)] * 2)  # the same gradient too
         return [a, b]
 
     same(executor, scenario)
