@@ -57,8 +57,9 @@ class Optimizer(Engine):
             TypeError: malformed pairs, dtypes that are not floating, tensors without storage.
             RuntimeError: the call cannot aggregate here, runs inside another step or a CUDA graph capture.
             StaleVariableError, TornStepError, FusedMismatchError: see fused_kopt.errors.
-            No value has changed after any of these, except what a TornStepError reports. Slots of a first step may exist after
-            a FusedMismatchError or a kernel that does not build, at their initial values.
+
+        No value has changed after any of these, except what a TornStepError reports. Slots of a first step may exist after
+        a FusedMismatchError or a kernel that does not build, at their initial values.
         """
         with self._one_step():
             if isinstance(grads_and_vars, Flat):
