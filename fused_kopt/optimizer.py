@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_kopt import execute, gradients, tape, updates, verification
+from fused_kopt import description, execute, gradients, slots, tape, updates, verification
+from fused_kopt.description import Description
 from fused_kopt.engine import Engine
 from fused_kopt.execute import Executor
 from fused_kopt.flat import Flat
@@ -156,6 +157,24 @@ class Optimizer(Engine):
                 found += verification.compare_updates(launch.update, chosen)
             updates.run(launches, ["reference"] * len(launches))
         return found
+
+    def describe(self, grads_and_vars: Iterable[Any] | None = None) -> Description:
+        """What a step does and costs: executors and why, launches, bytes, what keeps it from one launch. `print()` it.
+
+        grads_and_vars: pairs as for `apply_gradients`, of which those without gradient are left out; or variables, whose `.grad`
+            counts, or where there is none a dense gradient of the variable's dtype. Default: the variables of the steps so far.
+
+        Launches nothing and changes nothing. Raises ValueError where nothing is given and no step was taken, and what
+        `apply_gradients` raises for gradients and variables.
+        """
+        if grads_and_vars is None:
+            grads_and_vars = [v for bucket in self._state.buckets.values() for v in bucket.variables]
+            if not grads_and_vars:
+                raise ValueError("There is nothing to describe before the first step. Pass variables: describe(model.parameters()).")
+        given = [(v.detach() if v.grad is None else v.grad, v) if isinstance(v, Tensor) else v for v in grads_and_vars]
+        pairs = gradients.check([(g, v) for g, v in given if g is not None])
+        names = tuple(slot.name for slot in slots.flatten(self.slot_groups()))
+        return description.describe(self._name, pairs, names, self._executor, self._clipping())
 
     def minimize(
         self,

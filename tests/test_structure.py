@@ -35,7 +35,7 @@ LAYERS = (
     ("gradients", "hyperparameters", "norms"),
     ("flat", "options", "verification"),
     ("clipping",),
-    ("updates",),
+    ("description", "updates"),
     ("repeat",),
     ("borrowed", "repeats", "replays"),
     ("contract",),
