@@ -75,6 +75,12 @@ def test_bytes_at_rest_are_those_of_the_buffers(optimizer: str) -> None:
     assert opt.describe().bytes_at_rest == before.bytes_at_rest == sum(held)
 
 
+def test_a_variable_that_occurs_again_has_its_slots_once() -> None:
+    once, again = (fused_kopt.Adam().describe(pairs).buckets[0] for pairs in (dense(), twice()))
+    assert (again.variables, again.elements, again.bytes_at_rest) == (once.variables, once.elements, once.bytes_at_rest) == (2, 22, 256)
+    assert again.bytes_moved == once.bytes_moved + 2 * 15 * 28
+
+
 def test_bytes_moved() -> None:
     variables = [torch.zeros(1000, dtype=torch.bfloat16), torch.zeros(24, dtype=torch.bfloat16)]
     opt = fused_kopt.Adam()
