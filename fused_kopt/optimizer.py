@@ -167,14 +167,15 @@ class Optimizer(Engine):
         Launches nothing and changes nothing. Raises ValueError where nothing is given and no step was taken, and what
         `apply_gradients` raises for gradients and variables.
         """
-        if grads_and_vars is None:
-            grads_and_vars = [v for bucket in self._state.buckets.values() for v in bucket.variables]
-            if not grads_and_vars:
-                raise ValueError("There is nothing to describe before the first step. Pass variables: describe(model.parameters()).")
-        given = [(v.detach() if v.grad is None else v.grad, v) if isinstance(v, Tensor) else v for v in grads_and_vars]
-        pairs = gradients.check([(g, v) for g, v in given if g is not None])
-        names = tuple(slot.name for slot in slots.flatten(self.slot_groups()))
-        return description.describe(self._name, pairs, names, self._executor, self._clipping())
+        with self._lock:
+            if grads_and_vars is None:
+                grads_and_vars = [v for bucket in self._state.buckets.values() for v in bucket.variables]
+                if not grads_and_vars:
+                    raise ValueError("There is nothing to describe before the first step. Pass variables: describe(model.parameters()).")
+            given = [(v.detach() if v.grad is None else v.grad, v) if isinstance(v, Tensor) else v for v in grads_and_vars]
+            pairs = gradients.check([(g, v) for g, v in given if g is not None])
+            names = tuple(slot.name for slot in slots.flatten(self.slot_groups()))
+            return description.describe(self._name, pairs, names, self._executor, self._clipping())
 
     def minimize(
         self,
