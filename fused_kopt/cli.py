@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 import fused_kopt
-from fused_kopt.commands import demo, explain, info, tune, variants, verify
+from fused_kopt.commands import demo, doctor, explain, tune, variants, verify
 from fused_kopt.commands.architectures import ARCHITECTURES
 from fused_kopt.commands.common import RefusedError
 from fused_kopt.commands.variants import DTYPES, OPTIMIZERS
@@ -21,7 +21,7 @@ _AS_IS = argparse.RawDescriptionHelpFormatter
 EXAMPLES = """examples:
   fused-kopt demo                                train with all eight optimizers, write the loss curves
   fused-kopt verify --optimizer adam --steps 20  compare Adam's kernels with the reference
-  fused-kopt info                                what runs on this machine
+  fused-kopt doctor                              what runs on this machine, what is wrong, how to mend it
   fused-kopt explain --optimizer adam            what Adam's kernels are made of
   fused-kopt tune --optimizer adam               the fastest block size and warps on this GPU
 exit codes: 0 success, 1 a check failed, 2 a wrong or impossible request"""
@@ -65,11 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     about = "Keras optimizers for PyTorch tensors, fused into one Triton launch."
     parser = argparse.ArgumentParser("fused-kopt", description=about, epilog=EXAMPLES, formatter_class=_AS_IS)
     parser.add_argument("--version", action="version", version=f"fused-kopt {fused_kopt.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,verify,info,explain,tune}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,verify,doctor,explain,tune}")
     add = functools.partial(commands.add_parser, formatter_class=_AS_IS)
     _demo(add("demo", help="train a small network with all eight optimizers", description=demo.ABOUT))
     _verify(add("verify", help="compare every executor with the reference", description=verify.ABOUT))
-    add("info", help="versions, devices, executors", description="Print versions, devices and executors.")
+    add("doctor", help="examine this install: versions, devices, executors", description=doctor.ABOUT)
     _explain(add("explain", help="compile kernels without a GPU and read their machine code", description=explain.ABOUT))
     _tune(add("tune", help="find the fastest launch configuration on this GPU", description=tune.ABOUT))
     return parser
@@ -121,8 +121,8 @@ def _kernels(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     a = arguments
-    if a.command == "info":
-        return info.info(console)
+    if a.command == "doctor":
+        return doctor.doctor(console)
     if a.command == "verify":
         return verify.verify(a.steps, torch.device(a.device), a.optimizer, a.executor, console)
     if a.command in ("explain", "tune"):

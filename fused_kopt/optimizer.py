@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_kopt import execute, gradients, tape, updates, verification
+from fused_kopt import description, execute, gradients, slots, tape, updates, verification
+from fused_kopt.description import Description
 from fused_kopt.engine import Engine
 from fused_kopt.execute import Executor
 from fused_kopt.flat import Flat
@@ -57,8 +58,9 @@ class Optimizer(Engine):
             TypeError: malformed pairs, dtypes that are not floating, tensors without storage.
             RuntimeError: the call cannot aggregate here, runs inside another step or a CUDA graph capture.
             StaleVariableError, TornStepError, FusedMismatchError: see fused_kopt.errors.
-            No value has changed after any of these, except what a TornStepError reports. Slots of a first step may exist after
-            a FusedMismatchError or a kernel that does not build, at their initial values.
+
+        No value has changed after any of these, except what a TornStepError reports. Slots of a first step may exist after
+        a FusedMismatchError or a kernel that does not build, at their initial values.
         """
         with self._one_step():
             if isinstance(grads_and_vars, Flat):
@@ -155,6 +157,25 @@ class Optimizer(Engine):
                 found += verification.compare_updates(launch.update, chosen)
             updates.run(launches, ["reference"] * len(launches))
         return found
+
+    def describe(self, grads_and_vars: Iterable[Any] | None = None) -> Description:
+        """What a step does and costs: executors and why, launches, bytes, what keeps it from one launch. `print()` it.
+
+        grads_and_vars: pairs as for `apply_gradients`, of which those without gradient are left out; or variables, whose `.grad`
+            counts, or where there is none a dense gradient of the variable's dtype. Default: the variables of the steps so far.
+
+        Launches nothing and changes nothing. Raises ValueError where nothing is given and no step was taken, and what
+        `apply_gradients` raises for gradients and variables.
+        """
+        with self._lock:
+            if grads_and_vars is None:
+                grads_and_vars = [v for bucket in self._state.buckets.values() for v in bucket.variables]
+                if not grads_and_vars:
+                    raise ValueError("There is nothing to describe before the first step. Pass variables: describe(model.parameters()).")
+            given = [(v.detach() if v.grad is None else v.grad, v) if isinstance(v, Tensor) else v for v in grads_and_vars]
+            pairs = gradients.check([(g, v) for g, v in given if g is not None])
+            names = tuple(slot.name for slot in slots.flatten(self.slot_groups()))
+            return description.describe(self._name, pairs, names, self._executor, self._clipping())
 
     def minimize(
         self,

@@ -46,38 +46,15 @@ def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 
-def test_info(run: Run) -> None:
-    result = run("info")
-    found = dict(result.rows)
-    assert result.code == 0
-    assert (found["fused_kopt"], found["torch"], found["numpy"]) == (fused_kopt.__version__, torch.__version__, np.__version__)
-    assert found["triton"] == importlib.metadata.version("triton")
-    assert found["executor reference"] == found["executor triton"] == "available"
-    assert found["executor auto"].startswith("reference on cpu")
-    assert found["float32 denormals"] == "kept"
-
-
 @pytest.mark.usefixtures("no_triton")
 def test_without_triton(run: Run, tmp_path: Path) -> None:
     why = "pip install 'fused-kopt[triton]'"
-    found = dict(run("info").rows)
-    assert (found["triton"], found["executor triton"]) == ("unavailable", f"unavailable: {why}")
     code, out, err = run("verify")
     assert (code, out) == (2, "")
     assert "nothing to compare with the reference" in err
     assert why in err
     assert run("demo", "--executor", "triton", "--out", tmp_path) == Result(2, "", f"fused-kopt: --executor triton: {why}\n")
     assert run("demo", "--optimizers", "sgd", "--epochs", 1, "--out", tmp_path).rows[0][-1] == "reference"
-
-
-def test_info_sees_flushed_denormals(run: Run) -> None:
-    if not torch.set_flush_denormal(True):
-        pytest.skip("torch cannot flush denormals on this processor")
-    try:
-        result = run("info")
-    finally:
-        torch.set_flush_denormal(False)
-    assert dict(result.rows)["float32 denormals"].startswith("flushed to zero")
 
 
 def test_verify(run: Run) -> None:
@@ -203,7 +180,7 @@ ARGUMENTS = {
     "demo --executor cuda": (2, "invalid choice: 'cuda'"),
     "verify --device tpu": (2, "invalid choice: 'tpu'"),
     "verify --optimizer lamb": (2, "invalid choice: 'lamb'"),
-    "info --steps 1": (2, "unrecognized arguments"),
+    "doctor --steps 1": (2, "unrecognized arguments"),
 }
 
 

@@ -111,7 +111,8 @@ def test_metadata(wheel: Path) -> None:
     assert message["Requires-Python"] == ">=3.10"
     assert set(message.get_all("Provides-Extra", [])) == EXTRAS
     needs = message.get_all("Requires-Dist", [])
-    assert {need.partition(">")[0] for need in needs if "extra ==" not in need} == {"torch", "numpy", "rich", "typing_extensions"}
+    required = {need.partition(">")[0] for need in needs if "extra ==" not in need}
+    assert required == {"torch", "numpy", "packaging", "rich", "typing_extensions"}
     assert any(need.startswith("triton") and "sys_platform" in need and 'extra == "triton"' in need for need in needs)
     assert b"fused-kopt = fused_kopt.cli:main" in contents(wheel)[f"{INFO}/entry_points.txt"]
 

@@ -35,7 +35,7 @@ LAYERS = (
     ("gradients", "hyperparameters", "norms"),
     ("flat", "options", "verification"),
     ("clipping",),
-    ("updates",),
+    ("description", "updates"),
     ("repeat",),
     ("repeats", "replays"),
     ("borrowed", "contract"),
@@ -45,8 +45,8 @@ LAYERS = (
     ("optimizers",),
     ("",),
     ("commands",),
-    ("commands.architectures", "commands.common", "commands.variants"),
-    ("commands.demo", "commands.explain", "commands.info", "commands.tune", "commands.verify"),
+    ("commands.architectures", "commands.common", "commands.packages", "commands.variants"),
+    ("commands.demo", "commands.doctor", "commands.explain", "commands.tune", "commands.verify"),
     ("cli",),
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
@@ -62,13 +62,14 @@ KERNEL_LEVEL = {f"kernels.{name}": level for level, layer in enumerate(KERNEL_LA
 # Imports inside functions, each for its reason: here, machines without Triton say so.
 NEED_TRITON = {
     "commands.explain": ("fused_kopt.kernels.machine_code", "fused_kopt.kernels.offline"),
-    "commands.info": ("triton",),
+    "commands.doctor": ("fused_kopt.kernels.launch", "fused_kopt.kernels.tuning"),
     "commands.tune": (*(f"fused_kopt.kernels.{name}" for name in ("offline", "scratch", "tuning")), "triton.testing.do_bench"),
 }
 LAZY = {(module, name): "Triton" for module, names in NEED_TRITON.items() for name in names} | {
     ("execute", "fused_kopt.kernels.launch"): "machines without Triton run the reference",
     ("execute", "fused_kopt.kernels.cpp_build"): "only steps on CPU build C++",
     ("execute", "fused_kopt.kernels.cpp_launch"): "only steps on CPU build C++",
+    ("commands.doctor", "fused_kopt.kernels.cpp_build"): "beside its Triton modules",
     ("contract", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
     ("hyperparameters", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
     ("commands.demo", "sklearn.datasets.load_digits"): "the extra `demo`",

@@ -1,0 +1,195 @@
+"""What a step does and what it costs, worked out from shapes: nothing is launched, allocated or changed."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.filesize import decimal
+from torch import Tensor
+
+from fused_kopt import clipping, execute, layout
+from fused_kopt.clipping import Clips, Pairs
+from fused_kopt.execute import Chosen, Executor
+
+# Launches that add up the squares of a group's gradients; the reference makes none.
+NORM_LAUNCHES = {"triton": 2, "compiled": 1, "reference": 0}
+
+
+@dataclass(frozen=True)
+class BucketDescription:
+    """The variables of one device and dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of the variables; slots are float64 for float64, else float32."""
+    variables: int
+    elements: int
+    slots: tuple[str, ...]
+    executor: Chosen
+    """What runs the rule. A kernel that fails its known-answer test at its first use is replaced by the reference, with a warning."""
+    why: str
+    """Why this executor."""
+    launches: int
+    """Per step; 0 on the reference, which runs torch operations variable by variable. Those of norms are not among them."""
+    bytes_moved: int
+    """What a step must read and write: variables and slots once in and once out, gradients once in, and copies (see `notes`)."""
+    bytes_at_rest: int
+    """What the slots take, padding included."""
+
+    def __str__(self) -> str:
+        dtype, sizes = str(self.dtype).removeprefix("torch."), f"{_many(self.variables, 'variable')}, {_many(self.elements, 'element')}"
+        state = f"slots {', '.join(self.slots)} ({decimal(self.bytes_at_rest)})" if self.slots else "no slots"
+        step = f"{self.executor} ({self.why}): {_many(self.launches, 'launch')}, {decimal(self.bytes_moved)} moved"
+        return f"{self.device} {dtype}: {sizes}, {state}\n    {step}"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `Optimizer.describe` found; `print()` it."""
+
+    optimizer: str
+    buckets: tuple[BucketDescription, ...]
+    norm_launches: int
+    """Launches that add up squares for `clipnorm` and `global_clipnorm`."""
+    norm_bytes: int
+    """What these read."""
+    notes: tuple[str, ...]
+    """What keeps a step from being one launch, and what makes it copy."""
+
+    @property
+    def launches(self) -> int:
+        """Launches per step."""
+        return self.norm_launches + sum(bucket.launches for bucket in self.buckets)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that a step must read and write."""
+        return self.norm_bytes + sum(bucket.bytes_moved for bucket in self.buckets)
+
+    @property
+    def bytes_at_rest(self) -> int:
+        """Bytes that the slots take."""
+        return sum(bucket.bytes_at_rest for bucket in self.buckets)
+
+    def __str__(self) -> str:
+        total = f"{_many(self.launches, 'launch')} per step, {decimal(self.bytes_moved)} moved, {decimal(self.bytes_at_rest)} of slots"
+        lines = [f"{self.optimizer}: {total}", *map(str, self.buckets), *(f"note: {note}" for note in self.notes)]
+        return "\n  ".join(lines)
+
+
+def _many(count: int, word: str) -> str:
+    """A count and its noun."""
+    plural = "es" if word.endswith("ch") else "s"
+    return f"{count:,} {word}{'' if count == 1 else plural}"
+
+
+def describe(
+    optimizer: str,
+    pairs: Pairs,
+    slots: tuple[str, ...],
+    executor: Executor,
+    clips: Clips,
+    alignment: int = layout.ALIGNMENT,
+) -> Description:
+    """Describe the step of checked (gradient, variable) pairs.
+
+    Args:
+        optimizer: what to call it.
+        pairs: what the step gets; gradients may be stand-ins of the right shape, dtype and layout.
+        slots: the names of a variable's slots.
+        executor: what was asked for.
+        clips: what happens to gradients before the rule.
+        alignment: elements that a variable's part of a flat buffer is rounded up to; 1 where slots are tensors of their own.
+
+    Raises RuntimeError where an executor was asked for by name and is unavailable.
+    """
+    chosen = {device: _choose(executor, device, pairs) for device in dict.fromkeys(v.device for _, v in pairs)}
+    keys = list(dict.fromkeys((v.device, v.dtype) for _, v in pairs))
+    buckets = []
+    for device, dtype in keys:
+        mine = [(g, v) for g, v in pairs if (v.device, v.dtype) == (device, dtype)]
+        each = list({id(v): v for _, v in mine}.values())
+        padded = sum(-(-v.numel() // alignment) * alignment for v in each)
+        rest = padded * layout.compute_dtype(dtype).itemsize * len(slots)
+        moved = sum(_moved(g, v, len(slots)) for g, v in mine)
+        launches = 0 if chosen[device][0] == "reference" else _count(mine)
+        sizes = len(each), sum(v.numel() for v in each)
+        buckets.append(BucketDescription(device, dtype, *sizes, slots, *chosen[device], launches, moved, rest))
+    groups = clipping.groups(pairs) if clips.by_norm else []
+    norm_bytes = sum(clipping.values(g).numel() * g.dtype.itemsize for g, _ in pairs) if clips.by_norm else 0
+    norm_launches = sum(NORM_LAUNCHES[chosen[group.device][0]] for group in groups)
+    return Description(optimizer, tuple(buckets), norm_launches, norm_bytes, tuple(_notes(pairs, clips, buckets)))
+
+
+def _choose(executor: Executor, device: torch.device, pairs: Pairs) -> tuple[Chosen, str]:
+    """The executor on a device, and why."""
+    counts = [v.numel() for v in {id(v): v for _, v in pairs if v.device == device}.values()]
+    chosen = execute.choose(executor, device, sum(counts), len(counts))
+    if executor != "auto":
+        return chosen, "asked for"
+    if chosen == "triton":
+        return chosen, f"auto takes it on {device.type}"
+    work = sum(counts) + execute.PER_TENSOR * len(counts)
+    size = f"{sum(counts):,} elements + {execute.PER_TENSOR:,} per variable"
+    if device.type == "cpu" and work < execute.WORTH_COMPILING:
+        return chosen, f"{size} are less than {execute.WORTH_COMPILING:,}, from which C++ pays"
+    if chosen == "compiled":
+        return chosen, f"{size} reach {execute.WORTH_COMPILING:,}, from which C++ pays"
+    return chosen, (execute.why_not_triton() if device.type != "cpu" else execute.why_not_compiled(device)) or "nothing faster is available"
+
+
+def _occurrences(pairs: Pairs) -> Iterator[tuple[int, Tensor]]:
+    """Each gradient, with how often its variable came before."""
+    seen: Counter[int] = Counter()
+    for gradient, variable in pairs:
+        yield seen[id(variable)], gradient
+        seen[id(variable)] += 1
+
+
+def _count(pairs: Pairs) -> int:
+    """Launches of a bucket: one per round and gradient dtype, and one per sparse gradient."""
+    dense = {(number, g.dtype) for number, g in _occurrences(pairs) if g.layout == torch.strided}
+    return len(dense) + sum(g.layout != torch.strided for g, _ in pairs)
+
+
+def _own(variable: Tensor) -> bool:
+    """Whether a launch can work on the variable in its place."""
+    return not variable.is_neg() and layout.same_layout(variable.shape, layout.dense_stride(variable), variable.stride())
+
+
+def _fits(gradient: Tensor, variable: Tensor) -> bool:
+    """Whether a launch can read the gradient in its place."""
+    return layout.same_layout(variable.shape, layout.dense_stride(variable), gradient.stride())
+
+
+def _moved(gradient: Tensor, variable: Tensor, slots: int) -> int:
+    """Bytes of one dense gradient's update; 0 for a sparse one."""
+    if gradient.layout != torch.strided:
+        return 0
+    own, state = variable.dtype.itemsize, layout.compute_dtype(variable.dtype).itemsize
+    copies = (0 if _own(variable) else 4 * own) + (0 if _fits(gradient, variable) else 2 * gradient.dtype.itemsize)
+    return variable.numel() * (2 * own + 2 * slots * state + gradient.dtype.itemsize + copies)
+
+
+def _notes(pairs: Pairs, clips: Clips, buckets: Sequence[BucketDescription]) -> Iterator[str]:
+    if len(buckets) > 1:
+        yield f"devices and dtypes, a bucket for each: {len(buckets)}"
+    for device, executor in {bucket.device: bucket.executor for bucket in buckets}.items():
+        if executor == "reference":
+            yield f"{device}: torch operations, variable by variable; they allocate and move more than is counted here"
+    dense = [(g, v) for g, v in pairs if g.layout == torch.strided]
+    if len(pairs) > len(dense):
+        yield f"sparse gradients, a launch for each on gathered rows, whose bytes are not counted: {len(pairs) - len(dense)}"
+    if len({(v.device, v.dtype, g.dtype) for g, v in dense}) > len({(v.device, v.dtype) for _, v in dense}):
+        yield "gradients of several dtypes in one bucket: a launch for each dtype"
+    again = sum(number > 0 for number, _ in _occurrences(pairs))
+    if again:
+        yield f"gradients whose variable had one before in this step, in launches of their own: {again}"
+    strided, foreign = sum(not _own(v) for _, v in dense), sum(not _fits(g, v) for g, v in dense)
+    if strided:
+        yield f"variables with gaps between their elements, copied and written back: {strided}"
+    if foreign:
+        yield f"gradients laid out otherwise than their variables, copied: {foreign}"
+    if clips.by_norm:
+        yield "clipnorm and global_clipnorm read the gradients once more, before the step"
