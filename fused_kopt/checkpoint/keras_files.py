@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,7 +115,7 @@ def _keras2_names(weights: Sequence[str]) -> list[Place]:
 def _keras3_names(weights: Sequence[str], class_name: str, variables: Sequence[str]) -> list[Place]:
     """Keras 3: "adam/seq_first_kernel_momentum"; TensorFlow's new classes: "Adam/m/first/kernel:0". Raises CheckpointError for others."""
     lists.known_class(class_name)
-    known = {"iteration:0": {Place("", ITERATIONS)}, "iteration": {Place("", ITERATIONS)}, "variable": {Place("", "cache")}}
+    known = {"iteration:0": {Place("", ITERATIONS)}, "iteration": {Place("", ITERATIONS)}}
     known |= {name: {Place("", RATE)} for name in ("learning_rate", "learning_rate:0")}
     words = meaning.KERAS3_SLOTS[class_name] | {"average": "average", "gradient_accumulator": "gradient_accumulator"}
     for variable in variables:
@@ -123,6 +124,11 @@ def _keras3_names(weights: Sequence[str], class_name: str, variables: Sequence[s
                 known.setdefault(spelling, set()).add(Place(variable, ours))
     found: list[Place] = []
     for name in weights:
+        if class_name == "Nadam" and re.fullmatch(
+            r"variable(_\d+)?", name.rpartition("/")[2]
+        ):  # the product of momenta has no name of its own
+            found.append(Place("", "cache"))
+            continue
         places = known.get(name) or known.get(name.partition("/")[2]) or set()
         if len(places) != 1:
             told = f"could be any of {', '.join(sorted(map(str, places)))}" if places else f"belongs to none of {list(variables)}"

@@ -108,6 +108,8 @@ def agreeing(checkpoint: Checkpoint, variables: Order | None) -> list[str]:
     """The names in the caller's order, or the checkpoint's. Raises CheckpointError unless they are the same names with slots."""
     own = {name: "a variable" for name, values in checkpoint.slots.items() if values}
     names = list(own) if variables is None else list(ordered(variables))
+    if not own:  # plain SGD
+        return names
     tables.refuse_unless(tables.rows(own, dict.fromkeys(names, "a variable")), "The checkpoint has slots for other variables:")
     return names
 

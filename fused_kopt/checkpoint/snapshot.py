@@ -132,7 +132,7 @@ def _check(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor
     if own:
         message = "Settings of single variables do not fit this optimizer, but for a multiplier of the learning rate (settings=False"
         raise CheckpointError(f"{message} ignores them): {own}.")
-    lists = [dict.fromkeys(names, "a variable") for names in (checkpoint.slots, known)]
+    lists = [dict.fromkeys(names, "a variable") for names in (checkpoint.slots or known, known)]  # an .h5 of plain SGD names none
     tables.refuse_unless(tables.rows(*lists), "The checkpoint's variables are not those passed as `variables`. Rename or leave out:")
     found, expected = _schema(checkpoint, optimizer, known)
     message = f"The checkpoint's slots do not fit this {cls}. Construct it with the checkpoint's settings, with variables of its shapes:"

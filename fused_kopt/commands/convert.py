@@ -1,6 +1,9 @@
 """`fused-kopt convert`: an optimizer's state from one framework's file to another's."""
 
+import importlib.util
 import pkgutil
+import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,10 +79,15 @@ def _names(names: Iterable[str]) -> tuple[list[str] | None, dict[str, str]]:
 
 def _variables(model: str, source: Format) -> list[tuple[str, Tensor]]:
     """The named variables of what `package.module:build` returns."""
+    sys.path.insert(0, str(Path.cwd()))  # a console script's own folder is there instead
+    package = re.match(r"(\w+)[\w.]*:\w", model)
+    if package is None or importlib.util.find_spec(package[1]) is None:
+        raise RefusedError(f"--model: name a function as package.module:function, importable from here. Received: {model}.")
     try:
-        built: Any = pkgutil.resolve_name(model)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RefusedError(f"--model: {error}. Name a function as package.module:function, importable from here.") from error
+        build = pkgutil.resolve_name(model)
+    except AttributeError as error:
+        raise RefusedError(f"--model: {error}.") from error
+    built: Any = build()
     if hasattr(built, "trainable_variables"):
         return [(variable.path, variable.value) for variable in built.trainable_variables]
     if isinstance(built, torch.nn.Module):
