@@ -24,6 +24,7 @@ def replacing(path: FilePath) -> Iterator[Path]:
     """A new file beside `path` that takes its place at the end of the block; on any error it is deleted and `path` stays as it was."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    temporary.touch(exist_ok=False)  # an OSError of ours where nothing can be written
     try:
         yield temporary
         _sync(temporary, os.O_RDWR)
