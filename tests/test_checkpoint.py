@@ -51,6 +51,7 @@ def test_a_resumed_run_is_the_same_run(rule: str, dtype: torch.dtype, tmp_path: 
 
 SCRIPT = """
 import sys, torch
+from support import bits
 from test_checkpoint import *
 optimizer, named = scheduled(), variables()
 if sys.argv[2] == "resume":
@@ -75,6 +76,7 @@ def test_save_in_one_process_resume_in_another(tmp_path: Path) -> None:
 
 KILLED = """
 import sys, time, torch
+from support import bits
 from test_checkpoint import *
 import fused_kopt.checkpoint.storage as storage
 optimizer, named = build("adam"), variables()
@@ -210,7 +212,7 @@ def test_slots_that_differ_are_named(tmp_path: Path) -> None:
     path, source, named = tmp_path / "run.safetensors", build("adam"), variables()
     train(source, named, 0, 1)
     checkpoint.save(path, source, named)
-    with pytest.raises(CheckpointError, match="vhat of layer.0"):
+    with pytest.raises(CheckpointError, match="vhat of layer"):
         checkpoint.load(path, build("amsgrad"), named, settings=False)
 
 
