@@ -329,12 +329,18 @@ def _no_count(path: Path) -> None:
         file["optimizer_weights"].attrs["weight_names"] = ["Adam/first/bias/m:0"]
 
 
+def _forged_config(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file.attrs["training_config"] = "[]"
+
+
 DAMAGE: dict[str, tuple[str, Forge, str]] = {
     "truncated": ("m.h5", lambda path: path.write_bytes(path.read_bytes()[:900]), "not a readable Keras file"),
     "no file of Keras": ("m.h5", lambda path: path.write_bytes(b"nothing"), "not a readable Keras file"),
     "no optimizer": ("m.h5", lambda path: _without(path, "optimizer_weights"), "has no optimizer state"),
     "names that are not there": ("m.h5", lambda path: _without(path, "optimizer_weights/Adam"), "not a readable Keras file"),
     "a name twice": ("m.h5", _renamed_weight, "names a weight twice"),
+    "a forged configuration": ("m.h5", _forged_config, "not a readable Keras file"),
     "no count": ("m.h5", _no_count, "no count of iterations"),
     "no positions": ("m.weights.h5", lambda path: None, r"no optimizer state \(optimizer/vars"),
     "no zip": ("m.keras", lambda path: None, "not a readable .keras file"),

@@ -207,6 +207,9 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     path.write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="weights_only=True"):
         checkpoint.read(path)
+    torch.save({"state": {}, "param_groups": [{"params": [0], "param_names": ["a"], "rho": 0.9}]}, path)
+    with pytest.raises(CheckpointError, match="lacks 'lr'"):
+        checkpoint.read(path)
     torch.save({"model": {}}, path)
     with pytest.raises(CheckpointError, match="contains 0 optimizer state_dicts"):
         checkpoint.read(path)

@@ -74,7 +74,11 @@ def read(path: FilePath, hints: Hints = NO_HINTS) -> Checkpoint:
     if kind == "safetensors":
         return storage.read(path)
     if kind == "torch":
-        return torch_read.from_state_dict(_load_torch(path), variables)
+        state = _load_torch(path)
+        try:
+            return torch_read.from_state_dict(state, variables)
+        except (KeyError, AttributeError, IndexError) as error:  # a forged group or state
+            raise CheckpointError(f"{path}: the state_dict lacks {error}, or it is of another kind.") from error
     if kind in KERAS:
         from fused_kopt.checkpoint import keras_files
 

@@ -30,7 +30,9 @@ def opened(path: FilePath | io.BytesIO) -> Iterator[h5py.File]:
             yield file
     except FileNotFoundError:
         raise
-    except (OSError, KeyError, RuntimeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:  # forged attributes raise the latter
         raise CheckpointError(f"{path} is not a readable Keras file: {error}") from error
 
 
@@ -160,9 +162,9 @@ def positions(file: h5py.File, path: FilePath) -> h5py.Group:
     return group
 
 
-def _read(file: h5py.File, path: FilePath, variables: Order, optimizer: Identifier | None) -> Checkpoint:
+def _values(file: h5py.File, path: FilePath) -> list[Any]:
     group = positions(file, path)
-    return lists.from_keras3([group[str(index)][()] for index in range(len(group))], *declared(optimizer, path), variables)
+    return [group[str(index)][()] for index in range(len(group))]
 
 
 def read_weights_h5(path: FilePath, variables: Order, optimizer: Identifier | None) -> Checkpoint:
@@ -176,7 +178,8 @@ def read_weights_h5(path: FilePath, variables: Order, optimizer: Identifier | No
     Of a LossScaleOptimizer the inner optimizer is read. Raises CheckpointError with a table where they do not fit.
     """
     with opened(path) as file:
-        return _read(file, path, variables, optimizer)
+        values = _values(file, path)
+    return lists.from_keras3(values, *declared(optimizer, path), variables)
 
 
 def read_keras(path: FilePath, variables: Order, optimizer: Identifier | None = None) -> Checkpoint:
@@ -190,7 +193,8 @@ def read_keras(path: FilePath, variables: Order, optimizer: Identifier | None = 
     """
     named, content = unzipped(path)
     with opened(content) as file:
-        return _read(file, path, variables, named or optimizer)
+        values = _values(file, path)
+    return lists.from_keras3(values, *declared(named or optimizer, path), variables)
 
 
 def unzipped(path: FilePath) -> tuple[dict[str, Any] | None, io.BytesIO]:
@@ -201,7 +205,8 @@ def unzipped(path: FilePath) -> tuple[dict[str, Any] | None, io.BytesIO]:
             content = io.BytesIO(archive.read(INSIDE))
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, NotImplementedError) as error:
         raise CheckpointError(f"{path} is not a readable .keras file: {error}") from error
-    optimizer = (config.get("compile_config") or {}).get("optimizer")
+    compiled = config.get("compile_config") if isinstance(config, dict) else None
+    optimizer = compiled.get("optimizer") if isinstance(compiled, dict) else None
     return (optimizer if isinstance(optimizer, dict) else None), content
 
 
