@@ -11,7 +11,9 @@ import torch
 from rich.console import Console
 
 import fused_kopt
-from fused_kopt.commands import demo, doctor, explain, tune, variants, verify
+from fused_kopt.checkpoint import formats
+from fused_kopt.checkpoint.formats import Hints
+from fused_kopt.commands import convert, demo, doctor, explain, inspect, tune, variants, verify
 from fused_kopt.commands.architectures import ARCHITECTURES
 from fused_kopt.commands.common import RefusedError
 from fused_kopt.commands.variants import DTYPES, OPTIMIZERS
@@ -24,6 +26,8 @@ EXAMPLES = """examples:
   fused-kopt doctor                              what runs on this machine, what is wrong, how to mend it
   fused-kopt explain --optimizer adam            what Adam's kernels are made of
   fused-kopt tune --optimizer adam               the fastest block size and warps on this GPU
+  fused-kopt inspect run.h5                      what is in a checkpoint
+  fused-kopt convert run.h5 run.safetensors      an optimizer's state from Keras's file to fused_kopt's
 exit codes: 0 success, 1 a check failed, 2 a wrong or impossible request"""
 
 
@@ -65,14 +69,41 @@ def _parser() -> argparse.ArgumentParser:
     about = "Keras optimizers for PyTorch tensors, fused into one Triton launch."
     parser = argparse.ArgumentParser("fused-kopt", description=about, epilog=EXAMPLES, formatter_class=_AS_IS)
     parser.add_argument("--version", action="version", version=f"fused-kopt {fused_kopt.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,verify,doctor,explain,tune}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,verify,doctor,explain,tune,inspect,convert}")
     add = functools.partial(commands.add_parser, formatter_class=_AS_IS)
     _demo(add("demo", help="train a small network with all eight optimizers", description=demo.ABOUT))
     _verify(add("verify", help="compare every executor with the reference", description=verify.ABOUT))
     add("doctor", help="examine this install: versions, devices, executors", description=doctor.ABOUT)
     _explain(add("explain", help="compile kernels without a GPU and read their machine code", description=explain.ABOUT))
     _tune(add("tune", help="find the fastest launch configuration on this GPU", description=tune.ABOUT))
+    _inspect(add("inspect", help="print what is in a checkpoint", description=inspect.ABOUT))
+    _convert(add("convert", help="convert an optimizer's state between frameworks", description=convert.ABOUT))
     return parser
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="the checkpoint", metavar="FILE")
+    _checkpoint(parser)
+
+
+def _convert(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", type=Path, help="the file to read", metavar="SOURCE")
+    add("target", type=Path, help="the file to write", metavar="TARGET")
+    add("--to", choices=formats.FORMATS, help="the target's format (by its suffix)")
+    variables = parser.add_mutually_exclusive_group()
+    variables.add_argument("--names", type=_texts, default=(), help="the variables' names in the file's order, or old=new,...")
+    variables.add_argument("--model", help="a function whose model the names and shapes are of", metavar="MODULE:FUNCTION")
+    _checkpoint(parser)
+    add("--dry-run", action="store_true", help="print the table, write nothing")
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--optimizer", type=str.lower, help="the class that .npz and .weights.h5 do not name", metavar="NAME")
+
+
+def _texts(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +156,10 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         return doctor.doctor(console)
     if a.command == "verify":
         return verify.verify(a.steps, torch.device(a.device), a.optimizer, a.executor, console)
+    if a.command == "inspect":
+        return inspect.inspect(a.file, Hints(optimizer=a.optimizer), console)
+    if a.command == "convert":
+        return convert.convert(convert.Settings(a.source, a.target, a.to, a.names, a.model, a.optimizer, a.dry_run), console)
     if a.command in ("explain", "tune"):
         dtypes = tuple(DTYPES[name] for name in a.dtype)
     if a.command == "tune":

@@ -11,3 +11,7 @@ class TornStepError(RuntimeError):
 
 class FusedMismatchError(RuntimeError):
     """An executor's result differs from the reference. Raised before anything is written."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, or does not fit. Raised before anything is written into an optimizer, a variable or a file."""

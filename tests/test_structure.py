@@ -44,9 +44,25 @@ LAYERS = (
     tuple(f"optimizers.{name}" for name in OPTIMIZERS),
     ("optimizers",),
     ("",),
+    ("checkpoint.neutral", "checkpoint.tables"),
+    ("checkpoint.meaning", "checkpoint.storage", "checkpoint.torch_words"),
+    ("checkpoint.snapshot",),
+    ("checkpoint.lists", "checkpoint.torch_read", "checkpoint.torch_write"),
+    ("checkpoint.keras_files",),
+    ("checkpoint.keras_writing",),
+    ("checkpoint.formats",),
+    ("checkpoint",),
     ("commands",),
     ("commands.architectures", "commands.common", "commands.packages", "commands.variants"),
-    ("commands.demo", "commands.doctor", "commands.explain", "commands.tune", "commands.verify"),
+    (
+        "commands.convert",
+        "commands.demo",
+        "commands.doctor",
+        "commands.explain",
+        "commands.inspect",
+        "commands.tune",
+        "commands.verify",
+    ),
     ("cli",),
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
@@ -72,6 +88,11 @@ LAZY = {(module, name): "Triton" for module, names in NEED_TRITON.items() for na
     ("commands.doctor", "fused_kopt.kernels.cpp_build"): "beside its Triton modules",
     ("contract", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
     ("hyperparameters", "fused_kopt.optimizers.schedules"): "its package imports the optimizers, hence this module",
+    ("checkpoint.storage", "safetensors.torch.save_file"): "the extra `checkpoint`",
+    ("checkpoint.storage", "safetensors.SafetensorError"): "the extra `checkpoint`",
+    ("checkpoint.storage", "safetensors.safe_open"): "the extra `checkpoint`",
+    ("checkpoint.formats", "fused_kopt.checkpoint.keras_files"): "the extra `checkpoint`: h5py",
+    ("checkpoint.formats", "fused_kopt.checkpoint.keras_writing"): "the extra `checkpoint`: h5py",
     ("commands.demo", "sklearn.datasets.load_digits"): "the extra `demo`",
     ("commands.demo", "sklearn.model_selection.train_test_split"): "the extra `demo`",
     ("commands.demo", "matplotlib.figure.Figure"): "the extra `demo`",
@@ -81,7 +102,9 @@ FORBIDDEN = {
     "environment variables": r"\bos\.(?:environ|getenv|putenv)",
     "import attempts": r"except[^:]*(?:ImportError|ModuleNotFoundError)",
     "autotuning of in-place kernels": r"\bautotune\b",
-    "execution of data": r"(?<![\w.])(?:eval|exec|compile|__import__)\(|\bpickle\b|\bimport_module\b|\btorch\.load\b",
+    "execution of data": r"(?<![\w.])(?:eval|exec|compile|__import__)\(|\bpickle\b|\bimport_module\b"
+    # weights_only: a loader of tensors and plain containers that constructs nothing else
+    r"|\btorch\.load\b(?!.*weights_only=True)",
 }
 
 
@@ -95,7 +118,7 @@ class Import(NamedTuple):
 @functools.cache
 def sources() -> dict[str, Path]:
     """Module name (without the package's) to file; the link is followed once, as kernels."""
-    folders = ("fused_kopt", "fused_kopt/optimizers", "fused_kopt/commands", "kernels")
+    folders = ("fused_kopt", "fused_kopt/optimizers", "fused_kopt/checkpoint", "fused_kopt/commands", "kernels")
     files = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
     return {re.sub(r"^fused_kopt\.|\.?__init__$", "", ".".join(f.relative_to(ROOT).with_suffix("").parts)): f for f in files}
 

@@ -1,0 +1,221 @@
+"""Between an optimizer and the neutral form."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kopt import hyperparameters, slots
+from fused_kopt.checkpoint import tables
+from fused_kopt.checkpoint.meaning import differences
+from fused_kopt.checkpoint.neutral import Checkpoint, Variables, named
+from fused_kopt.errors import CheckpointError, TornStepError
+from fused_kopt.optimizer import Optimizer
+from fused_kopt.optimizers import registry
+
+MULTIPLIER = "learning_rate_multiplier"
+
+
+def capture(optimizer: Optimizer, variables: Variables, with_values: bool = False) -> Checkpoint:
+    """The state of an optimizer, copied to the CPU.
+
+    Args:
+        optimizer: any fused_kopt optimizer, before or after its first step.
+        variables: (name, tensor) pairs, such as `model.named_parameters()`; all that the optimizer has slots for.
+        with_values: also copy the variables' values.
+
+    Raises ValueError where the optimizer has slots for a tensor without name, TypeError for malformed `variables`, TornStepError after
+    an interrupted step.
+    """
+    known = named(variables)
+    with optimizer._lock:
+        if optimizer._torn:
+            raise TornStepError("The last step was interrupted: some variables were updated, others not. Restore an older checkpoint.")
+        state = optimizer._state
+        names = {id(tensor): name for name, tensor in known.items()}
+        owned = {name: {slot: _copy(view) for slot, view in views.items()} for name, views in _views(optimizer, names).items()}
+        return Checkpoint(
+            type(optimizer).__name__,
+            optimizer.get_config(),
+            state.steps_taken(),
+            owned,
+            {name: _copy(value) for name, value in _extra(optimizer).items()},
+            {name: _copy(value) for name, value in known.items()} if with_values else {},
+            {names[i]: {MULTIPLIER: m} for i, (_, m) in optimizer._multipliers.items() if i in names},
+        )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _views(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Tensor]]:
+    """Variable name -> slot name -> the live slot; variables in the order in which they got slots, then those without any."""
+    state = optimizer._state
+    place = {id(weight): position for position, weight in enumerate(state.weights)}
+    found: list[tuple[int, int, str, Tensor]] = []
+    tensors: dict[int, Tensor] = {}
+    for bucket in state.buckets.values():
+        tensors |= {id(variable): variable for variable in bucket.variables}
+        for slot, views in bucket.views.items():
+            entries = zip(bucket.variables, views, strict=True)
+            found += [(place[id(view)], id(variable), slot, view) for variable, view in entries if view is not None]
+    for (key, slot), (variable, view) in state.extra.items():
+        tensors[key] = variable
+        found.append((place[id(view)], key, slot, view))
+    unnamed = [tuple(tensors[key].shape) for key in dict.fromkeys(key for _, key, *_ in sorted(found)) if key not in names]
+    if unnamed:
+        raise ValueError(f"The optimizer has slots for variables that `variables` does not name, of shapes {unnamed}. Name them all.")
+    made: dict[str, dict[str, Tensor]] = {}
+    for _, key, slot, view in sorted(found, key=lambda entry: entry[0]):
+        made.setdefault(names[key], {})[slot] = view
+    return made | {name: {} for name in names.values() if name not in made}
+
+
+def _extra(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The weights that are neither iterations nor slots, by the attribute that holds them: Nadam's cache."""
+    listed = {id(weight) for weight in optimizer.weights} - {id(optimizer._state.iterations)}
+    return {name.lstrip("_"): value for name, value in vars(optimizer).items() if isinstance(value, Tensor) and id(value) in listed}
+
+
+def new_optimizer(checkpoint: Checkpoint) -> Optimizer:
+    """An optimizer of the checkpoint's class and configuration, without state. CheckpointError where OptimizerV2 has no such thing."""
+    config = {"class_name": checkpoint.class_name, "config": checkpoint.config}
+    try:
+        return registry.deserialize(config)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"fused_kopt.optimizers has no {checkpoint.class_name} as this checkpoint ({checkpoint.source}) describes it: {error}"
+        ) from error
+
+
+def restore(checkpoint: Checkpoint, optimizer: Optimizer, variables: Variables, settings: bool = True, with_values: bool = False) -> None:
+    """Write a checkpoint into an optimizer, and create its slots if it has none yet.
+
+    Args:
+        checkpoint: from `capture`, `read` or a converter.
+        optimizer: of the checkpoint's class.
+        variables: (name, tensor) pairs: exactly the checkpoint's names.
+        settings: restore hyperparameters too; what cannot change after construction (`epsilon`, `decay`, `nesterov`...) must then
+            agree. A hyperparameter that is a callable of the user's stays. With False the optimizer keeps its own.
+        with_values: also write the variables' values.
+
+    Raises CheckpointError, with a table of what differs, where class, settings, names, shapes, dtypes or slots do not fit; what
+    `build` raises for a variable. Nothing is written then. Warns (UserWarning) where the source's update rule differs from ours.
+    """
+    known = named(variables)
+    with optimizer._lock:
+        twin = _check(checkpoint, optimizer, known, settings)
+        _check_values(checkpoint, known, with_values)
+        for text in differences(checkpoint):
+            warnings.warn(text, UserWarning, stacklevel=3)
+        started = [known[name] for name, values in checkpoint.slots.items() if values]
+        if started or checkpoint.extra:
+            optimizer.build(started)
+        if twin is not None:
+            _adopt(optimizer, twin)
+            for name, keys in checkpoint.overrides.items():
+                optimizer.scale_learning_rate([known[name]], keys[MULTIPLIER])
+        _write(checkpoint, optimizer, known, with_values)
+
+
+def _check(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], settings: bool) -> Optimizer | None:
+    """An optimizer with the checkpoint's settings, if they are wanted. Raises CheckpointError for everything that does not fit."""
+    cls = type(optimizer).__name__
+    if checkpoint.class_name != cls:
+        raise CheckpointError(f"The checkpoint is of {checkpoint.class_name}, the optimizer is {cls}. Pass a {checkpoint.class_name}.")
+    twin = _twin(checkpoint, optimizer) if settings else None
+    own = {n: keys for n, keys in checkpoint.overrides.items() if settings and not (n in known and _is_multiplier(keys))}
+    if own:
+        message = "Settings of single variables do not fit this optimizer, but for a multiplier of the learning rate (settings=False"
+        raise CheckpointError(f"{message} ignores them): {own}.")
+    lists = [dict.fromkeys(names, "a variable") for names in (checkpoint.slots or known, known)]  # an .h5 of plain SGD names none
+    tables.refuse_unless(tables.rows(*lists), "The checkpoint's variables are not those passed as `variables`. Rename or leave out:")
+    found, expected = _schema(checkpoint, optimizer, known)
+    message = f"The checkpoint's slots do not fit this {cls}. Construct it with the checkpoint's settings, with variables of its shapes:"
+    tables.refuse_unless(tables.rows(found, expected), message)
+    return twin
+
+
+def _is_multiplier(keys: dict[str, Any]) -> bool:
+    value = keys.get(MULTIPLIER)
+    return len(keys) == 1 and isinstance(value, float) and 0 <= value < math.inf
+
+
+def _twin(checkpoint: Checkpoint, optimizer: Optimizer) -> Optimizer:
+    rate = optimizer._hyper["learning_rate"]
+    customs = {type(rate).__name__: type(rate)} if hyperparameters.is_schedule(rate) else {}
+    try:
+        twin = type(optimizer).from_config({**checkpoint.config, "name": optimizer._name}, customs)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        message = f"The checkpoint's settings do not fit {type(optimizer).__name__}: {error} Or load with settings=False."
+        raise CheckpointError(message) from error
+    live = set(optimizer._hyper) - {"decay"}  # decay is fixed at construction, as in Keras
+    fixed = [{k: str(v) for k, v in o.get_config().items() if k not in live} for o in (twin, optimizer)]
+    tables.refuse_unless(tables.rows(*fixed), "Settings that are fixed at construction differ (settings=False keeps the optimizer's):")
+    return twin
+
+
+def _schema(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
+    """What the checkpoint has, and what the optimizer has or will create, by "slot of variable", as dtypes and shapes."""
+    live = _views(optimizer, {id(tensor): name for name, tensor in known.items()})
+    found: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
+    for name, values in checkpoint.slots.items():
+        wanted = dict(live[name])
+        if values or wanted:
+            place = optimizer._state.bucket(known[name])
+            like = torch.empty(known[name].shape, dtype=place.compute, device="meta")
+            wanted = dict.fromkeys((slot.name for slot in slots.flatten(optimizer.slot_groups())), like) | wanted
+        expected |= {f"{slot} of {name}": value for slot, value in wanted.items()}
+        found |= {f"{slot} of {name}": value for slot, value in values.items()}
+    first = next((known[name] for name, values in checkpoint.slots.items() if values), None)
+    extra = _extra(optimizer) or ({} if first is None else _new_extra(optimizer, first))
+    expected |= extra
+    found |= checkpoint.extra
+    shown = {n: tables.shown(_taken(v, expected[n].dtype, checkpoint.source) if n in expected else v) for n, v in found.items()}
+    return shown, {n: tables.shown(v) for n, v in expected.items()}
+
+
+def _taken(value: Tensor, dtype: torch.dtype, source: str) -> Tensor:
+    """The value as a weight of a dtype takes it: without loss, or, converted from torch.optim in float64, rounded once. Else as it is."""
+    lossless = value.is_floating_point() and torch.promote_types(dtype, value.dtype) == dtype
+    return torch.empty(value.shape, dtype=dtype, device="meta") if lossless or source == "torch.optim" else value
+
+
+def _new_extra(optimizer: Optimizer, first: Tensor) -> dict[str, Tensor]:
+    """The extra weights that a first step on `first` would create."""
+    probe = type(optimizer).from_config(optimizer.get_config())
+    probe.build([torch.zeros((), dtype=first.dtype)])
+    return _extra(probe)
+
+
+def _check_values(checkpoint: Checkpoint, known: dict[str, Tensor], with_values: bool) -> None:
+    if with_values:
+        tables.refuse_unless(tables.rows(checkpoint.variables, known), "The checkpoint's values do not fit the variables (with_values):")
+
+
+def _adopt(optimizer: Optimizer, twin: Optimizer) -> None:
+    """The twin's hyperparameters, except where the optimizer calls a function of the user's."""
+    for name, value in twin._hyper.items():
+        old = optimizer._hyper[name]
+        if hyperparameters.is_schedule(old) or not callable(old):
+            setattr(optimizer, name, value)
+
+
+@torch.no_grad()
+def _write(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], with_values: bool) -> None:
+    live = _views(optimizer, {id(tensor): name for name, tensor in known.items()})
+    for name, values in checkpoint.slots.items():
+        for slot, value in values.items():
+            live[name][slot].copy_(value)
+    extra = _extra(optimizer)
+    for name, value in checkpoint.extra.items():
+        extra[name].copy_(value)
+    for name, value in checkpoint.variables.items() if with_values else ():
+        known[name].copy_(value)
+    optimizer._state.make_iterations().fill_(checkpoint.iterations)
+    optimizer._torn = False
