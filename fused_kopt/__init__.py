@@ -4,6 +4,7 @@ from fused_kopt import errors, optimizers
 from fused_kopt.errors import FusedMismatchError, StaleVariableError, TornStepError
 from fused_kopt.execute import stats
 from fused_kopt.optimizers import SGD, Adadelta, Adagrad, Adam, Adamax, Ftrl, Lion, Nadam, RMSprop
+from fused_kopt.precision import Precision
 from fused_kopt.tape import GradientTape
 from fused_kopt.verification import verify
 
@@ -20,6 +21,7 @@ __all__ = [
     "GradientTape",
     "Lion",
     "Nadam",
+    "Precision",
     "RMSprop",
     "StaleVariableError",
     "TornStepError",

@@ -75,7 +75,7 @@ class Borrower:
         """
         slots = list(itertools.chain.from_iterable(given.slots))
         repeat = self._repeats.match(given.gradients, given.variables, self.executor, slots)
-        if repeat is None or not repeat.applies(rule, clips):
+        if repeat is None or not repeat.applies(itertools.repeat(rule), clips):
             self._anew(Task(rule, scalars, clips, exact), given, slots)
         else:
             found = {

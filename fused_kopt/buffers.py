@@ -9,21 +9,23 @@ from torch import Tensor
 
 from fused_kopt import layout
 from fused_kopt.layout import Segment
-from fused_kopt.slots import Slot
+from fused_kopt.slots import POSITION, Slot
 
 
 class Bucket:
     """The variables of one launch: same device, same dtype.
 
-    Variables are borrowed; slots are owned here, in `flat[name]` (1-D, `stored` dtype), or borrowed as well (`borrow`).
-    `views[name][i]` is the slot of `variables[i]` in its shape, or None while Keras would not have created it yet.
+    Variables are borrowed; slots are owned here, in `flat[name]` (1-D), or borrowed as well (`borrow`). `views[name][i]` is the slot
+    of `variables[i]` in its shape, or None while Keras would not have created it yet; 1-D where GROUP elements share a value.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, stored: torch.dtype | None = None) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, stored: torch.dtype | None = None, policy: Any = None) -> None:
         self.device = device
         self.dtype = dtype
         self.compute = layout.compute_dtype(dtype)
-        self.stored = stored or self.compute
+        self.stored = stored or self.compute  # what slots are kept in where nothing else is said
+        self.policy = policy  # what decided which slots there are (`fused_kopt.precision`)
+        self.kinds = {POSITION.name: (torch.int32, 0)}  # of its own slots: dtype, elements that share a value
         self.variables: list[Tensor] = []
         self.segments: list[Segment] = []
         self.flat: dict[str, Tensor] = {}
@@ -44,10 +46,12 @@ class Bucket:
         total = segments[-1].end if segments else end
         flat = {}
         for slot in slots:
+            self.kinds[slot.name] = slot.stored or self.stored, slot.group
             old = self.flat.get(slot.name)
-            if old is not None and old.numel() == total:
+            if not slot.group or (old is not None and old.numel() == total // slot.group):
                 continue
-            flat[slot.name] = torch.full((total,), slot.initial, dtype=self.stored, device=self.device)
+            size = total // slot.group
+            flat[slot.name] = torch.full((size,), slot.initial, dtype=slot.stored or self.stored, device=self.device)
             if old is not None:
                 flat[slot.name][: old.numel()] = old
         return new, segments, flat
@@ -61,7 +65,7 @@ class Bucket:
         for views in self.views.values():
             views += [None] * len(new)
         for name, buffer in flat.items():
-            self._move(self.views.setdefault(name, [None] * len(self.variables)), buffer)
+            self._move(name, self.views.setdefault(name, [None] * len(self.variables)), buffer)
         if new or flat:
             self.tables = None
 
@@ -69,11 +73,17 @@ class Bucket:
         """Use slots that somebody else owns: by name one for each variable, in its segment's layout."""
         self.views = {name: list(views) for name, views in slots.items()}
 
+    def kind(self, name: str) -> tuple[torch.dtype, int]:
+        """A slot's dtype, and how many elements share one value: 0 for positions, which are counted and not stored."""
+        return self.kinds.get(name, (self.stored, 1))
+
     def addresses(self, name: str) -> Any:
-        """Where each variable's slot begins, int64 [variables]."""
+        """Where each variable's slot begins, int64 [variables]; of positions, the first one."""
+        offsets = np.array([segment.offset for segment in self.segments], dtype=np.int64)
+        if not self.kind(name)[1]:
+            return offsets
         if name in self.flat:
-            offsets = np.array([segment.offset for segment in self.segments], dtype=np.int64)
-            return self.flat[name].data_ptr() + offsets * self.flat[name].element_size()
+            return self.flat[name].data_ptr() + offsets // self.kind(name)[1] * self.flat[name].element_size()
         return np.array([0 if view is None else view.data_ptr() for view in self.views[name]], dtype=np.int64)
 
     def mark(self) -> tuple[int, dict[str, Tensor]]:
@@ -87,20 +97,27 @@ class Bucket:
         self.index = {id(v): i for i, v in enumerate(self.variables)}
         self.views = {name: views[:count] for name, views in self.views.items() if name in self.flat}
         for name, views in self.views.items():
-            self._move(views, self.flat[name])
+            self._move(name, views, self.flat[name])
         self.tables = None
 
-    def _move(self, views: Iterable[Tensor | None], buffer: Tensor) -> None:
+    def _move(self, name: str, views: Iterable[Tensor | None], buffer: Tensor) -> None:
         for segment, view in zip(self.segments, views, strict=True):
             if view is not None:
-                view.set_(buffer.untyped_storage(), segment.offset, segment.shape, segment.stride)
+                view.set_(buffer.untyped_storage(), *self._place(name, segment))
+
+    def _place(self, name: str, segment: Segment) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """Offset, shape and strides of a segment's slot in its flat buffer."""
+        group = self.kind(name)[1]
+        if group == 1:
+            return segment.offset, segment.shape, segment.stride
+        return segment.offset // group, (-(-segment.numel // group),), (1,)
 
     def view(self, name: str, index: int) -> Tensor:
         """The slot `name` of variable `index`, made visible on first use."""
         view = self.views[name][index]
         if view is None:
-            segment = self.segments[index]
-            view = self.flat[name].as_strided(segment.shape, segment.stride, segment.offset)
+            offset, shape, stride = self._place(name, self.segments[index])
+            view = self.flat[name].as_strided(shape, stride, offset)
             self.views[name][index] = view
         return view
 

@@ -4,7 +4,7 @@ import itertools
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from fused_kopt import aggregate, hyperparameters, state
+from fused_kopt import aggregate, hyperparameters, precision, slots, state
 from fused_kopt.execute import Executor
 from fused_kopt.hyperparameters import Hyperparameter, Options
+from fused_kopt.precision import Precision
 from fused_kopt.repeats import Repeats
 from fused_kopt.replays import Replays
 from fused_kopt.slots import Slot, SlotGroups
@@ -49,7 +50,7 @@ class Contract(ABC):
         self._hyper: dict[str, Any] = {}
         self._hypers_created = False
         self._initial_decay = options.get("decay", 0.0)
-        self._state = state.State()
+        self._state = state.State(precision.get(options.get("precision", precision.DEFAULT)))
         self._lock = threading.RLock()
         self._stepping = False
         self._torn = False
@@ -158,6 +159,11 @@ class Contract(ABC):
         hyperparameters.check_options({"executor": value})
         self._executor = value
 
+    @property
+    def precision(self) -> Precision:
+        """How state is stored where `set_precision` said nothing else."""
+        return self._state.policy
+
     # State.
 
     @property
@@ -207,11 +213,42 @@ class Contract(ABC):
         return self._state.slot_names()
 
     def get_slot(self, var: Tensor, slot_name: str) -> Tensor:
-        """The slot of a variable, in its shape; float32 (float64 for float64 variables). KeyError if there is none."""
+        """The slot of a variable, in its shape; float32 (float64 for float64 variables). KeyError if there is none.
+
+        Where a precision policy stores it in parts, a copy of what they stand for; the parts are in `weights`.
+        """
         slot = self._state.slot(var, slot_name)
         if slot is None:
             raise KeyError(f"No slot {slot_name!r} for this variable {tuple(var.shape)}. Slots: {self.get_slot_names()}.")
-        return slot
+        return self._read(var)[1][slot_name] if slot.dtype == torch.uint8 else slot
+
+    def get_master(self, var: Tensor) -> Tensor:
+        """What a variable stands for under its precision policy, float32, in its shape; the variable itself if it has no master.
+
+        KeyError before its first step.
+        """
+        if self._state.built_as(var) is None:
+            raise KeyError(f"This variable {tuple(var.shape)} has no slots yet. Take a step, or build() first.")
+        return self._read(var)[0]
+
+    def _read(self, var: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        bucket = self._state.bucket(var)
+        parts = {name: view for name, views in bucket.views.items() if (view := views[bucket.index[id(var)]]) is not None}
+        return bucket.policy.read(self.slot_groups(), var, parts)  # type: ignore[no-any-return]
+
+    def set_precision(self, variables: Iterable[Tensor], policy: str | Precision) -> None:
+        """Give some variables a precision policy of their own: a name, or a `fused_kopt.Precision`. They are then a bucket of their own.
+
+        Raises ValueError where the policy has no meaning for a variable, or the variable has slots already; TypeError for other types.
+        """
+        wanted, given = precision.get(policy), list(variables)
+        for position, variable in enumerate(given):
+            wanted.check(variable.dtype, slots.flatten(self.slot_groups()), f"variable {position} {tuple(variable.shape)}")
+            if self._state.built_as(variable) is not None:
+                raise ValueError(f"Variable {position} {tuple(variable.shape)} has slots already. Call set_precision() before its first step.")
+        with self._lock:
+            self._state.policies |= {id(variable): (variable, wanted) for variable in given}
+            self._repeats, self._replays = Repeats(), None
 
     def add_slot(self, var: Tensor, slot_name: str, initializer: state.Initializer = "zeros", shape: Sequence[int] | None = None) -> Tensor:
         """The slot of a variable, created if it does not exist and appended to `weights`.

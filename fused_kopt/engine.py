@@ -15,8 +15,10 @@ from fused_kopt.errors import StaleVariableError, TornStepError
 from fused_kopt.execute import Chosen, Rule, Update
 from fused_kopt.flat import Flat
 from fused_kopt.hyperparameters import Step
+from fused_kopt.precision import Precision
 from fused_kopt.repeat import Repeat, Scalars
 from fused_kopt.replays import Replays, capturing
+from fused_kopt.state import Key
 from fused_kopt.updates import Entry, Launch, Recipe, SparseRows
 
 
@@ -25,7 +27,7 @@ class Prepared(NamedTuple):
 
     entries: list[Entry]
     variables: list[Tensor]  # distinct, in order of first appearance
-    recipes: dict[tuple[torch.device, torch.dtype], Recipe]
+    recipes: dict[Key, Recipe]
     executors: dict[torch.device, Chosen]
     steps: dict[torch.dtype, Step]
 
@@ -85,6 +87,14 @@ class Engine(Contract):
             if was not in (None, now):
                 what = gradients.name(variable, position)
                 raise StaleVariableError(f"{what} was {was} when its slots were made and is {now} now. Use a new optimizer for it.")
+
+    def _check_precision(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Raises ValueError for a policy without meaning for a variable, TypeError for a sparse gradient that it cannot serve."""
+        for position, (gradient, variable) in enumerate(pairs):
+            policy, what = self._state.key(variable)[2], gradients.name(variable, position)
+            policy.check(variable.dtype, slots.flatten(self.slot_groups()), what)
+            if gradient.layout != torch.strided and policy.groups(variable.dtype, self.slot_groups()) != self.slot_groups():
+                raise TypeError(f"The gradient of {what} is sparse, which {policy} does not serve. Use precision='float32' for this variable.")
 
     def _transform(self, pairs: list[tuple[Tensor, Tensor]], aggregated: bool) -> list[tuple[Tensor, Tensor]]:
         """Aggregation, then the transformers; what they return is checked like what the caller passed."""
@@ -169,7 +179,10 @@ class Engine(Contract):
             repeat = self._repeats.of(given, clips.clipnorm is None and not self._multipliers, self._executor)
         else:
             repeat = self._repeats.find(given, self._executor)
-        return repeat if repeat is not None and repeat.applies(self.rule(), clips) else None
+        if repeat is None:
+            return None
+        rules = [self._stored_rule(update.bucket.dtype, update.bucket.policy) for update in repeat.updates]
+        return repeat if repeat.applies(rules, clips) else None
 
     def _repeatable(self, given: Flat | Sequence[Any]) -> Repeat:
         """The same, or RuntimeError."""
@@ -192,11 +205,12 @@ class Engine(Contract):
 
     def _prepare(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Prepared:
         """All that a step needs to know before anything is created."""
+        self._check_precision(pairs)
         variables = list({id(v): v for _, v in pairs}.values())
         steps: dict[torch.dtype, Step] = {}
-        recipes = {key: self._recipe(key, steps) for key in dict.fromkeys((v.device, v.dtype) for v in variables)}
+        recipes = {key: self._recipe(key, steps) for key in dict.fromkeys(map(self._state.key, variables))}
         executors = {}
-        for device in dict.fromkeys(device for device, _ in recipes):
+        for device in dict.fromkeys(device for device, *_ in recipes):
             mine = [v.numel() for v in variables if v.device == device]
             executors[device] = execute.choose(self._executor, device, sum(mine), len(mine))
         rows = clipping.rows(pairs, self._clipping(), executors, self._executor)
@@ -209,35 +223,43 @@ class Engine(Contract):
     def _rounds(self, prepared: Prepared) -> Iterator[list[Launch]]:
         for entries in updates.rounds(prepared.entries, self._state):
             with torch.no_grad():  # not around the yield: a traceback that keeps this frame would keep gradients off
-                launches = updates.plan(entries, self._state, lambda bucket: prepared.recipes[(bucket.device, bucket.dtype)])
+                launches = updates.plan(entries, self._state, lambda bucket: prepared.recipes[(bucket.device, bucket.dtype, bucket.policy)])
             yield launches
 
-    def _recipe(self, key: tuple[torch.device, torch.dtype], steps: dict[torch.dtype, Step]) -> Recipe:
+    def _recipe(self, key: Key, steps: dict[torch.dtype, Step]) -> Recipe:
         hyperparameters.create(self)
-        scalars, own = self._scalars(layout.compute_dtype(key[1]), steps)
-        return Recipe(slots.flatten(self.slot_groups()), self.rule(), self.sparse_rule, self.sparse_rows, scalars, self.exact, own)
+        _, dtype, policy = key
+        scalars, own = self._scalars((layout.compute_dtype(dtype), policy), steps)
+        planes = policy.planes(dtype, self.slot_groups())
+        rule = self._stored_rule(dtype, policy)
+        return Recipe(planes, rule, self.sparse_rule, self.sparse_rows, scalars, self.exact, own)
 
-    def _scalars(self, compute: torch.dtype, steps: dict[torch.dtype, Step]) -> tuple[Sequence[float], dict[int, Sequence[float]]]:
-        """This step's scalars in a compute dtype, and by id those of variables with a learning rate of their own.
+    def _stored_rule(self, dtype: torch.dtype, policy: Precision) -> Rule:
+        """The rule on what a policy stores."""
+        return policy.rule(dtype, slots.flatten(self.slot_groups()), self.rule())
+
+    def _scalars(self, key: tuple[torch.dtype, Precision], steps: dict[torch.dtype, Step]) -> tuple[Any, dict[int, Any]]:
+        """This step's scalars in a compute dtype under a policy, and by id those of variables with a learning rate of their own.
 
         `steps` receives what they were derived in.
         """
+        compute, policy = key
         count = self._state.steps_taken()
         found: dict[float, Any] = {}
         with hyperparameters.ieee():
             for multiplier in dict.fromkeys([1.0, *(m for _, m in self._multipliers.values())]):
                 step = Step(count, compute, multiplier)
                 scalars: Any = self.scalars(step)
-                found[multiplier] = scalars._make(map(float, scalars))
+                found[multiplier] = policy.extended(scalars._make(map(float, scalars)), count)
                 steps.setdefault(compute, step)
         return found[1.0], {key: found[m] for key, (_, m) in self._multipliers.items()}
 
     def _scalars_of(self, updates: Sequence[Update], steps: dict[torch.dtype, Step]) -> Callable[[Update], Scalars]:
         """A function that gives an update's scalars in this step."""
-        found = {compute: self._scalars(compute, steps) for compute in dict.fromkeys(u.bucket.compute for u in updates)}
+        found = {key: self._scalars(key, steps) for key in dict.fromkeys((u.bucket.compute, u.bucket.policy) for u in updates)}
 
         def scalars(update: Update) -> Scalars:
-            common, own = found[update.bucket.compute]
+            common, own = found[(update.bucket.compute, update.bucket.policy)]
             return common, [own.get(id(v), common) for v in update.bucket.variables] if update.rows is not None else None
 
         return scalars

@@ -76,12 +76,14 @@ class Update:
 
     def copy(self) -> "Update":
         """The same update on copies of the variables and slots. Gradients are shared: nothing writes them."""
-        bucket = Bucket(self.bucket.device, self.bucket.dtype, self.bucket.stored)
+        bucket = Bucket(self.bucket.device, self.bucket.dtype, self.bucket.stored, self.bucket.policy)
+        bucket.kinds = self.bucket.kinds
         variables = [v if v is None else layout.clone(v, v.stride()) for v in self.variables]
         flat = {name: self.bucket.flat[name].clone() for name in self.names if name in self.bucket.flat}
         bucket.adopt(list(self.bucket.variables), list(self.bucket.segments), flat)
         if not flat:
-            bucket.borrow({name: [layout.clone(v, v.stride()) for v in self.bucket.views[name] if v is not None] for name in self.names})
+            borrowed = {name: self.bucket.views[name] for name in self.names if self.bucket.kind(name)[1]}
+            bucket.borrow({name: [layout.clone(v, v.stride()) for v in views if v is not None] for name, views in borrowed.items()})
         return replace(self, bucket=bucket, variables=variables)
 
 
@@ -92,18 +94,30 @@ def _reference(update: Update) -> None:
     rows = torch.tensor([update.scalars] if update.rows is None else update.rows, dtype=compute, device=bucket.device)
     if update.current is not None:
         rows = update.current.view(rows.shape)
+    packed = any(bucket.kind(name)[1] != 1 for name in update.names)
     for index, (variable, gradient) in enumerate(zip(update.variables, update.gradients, strict=True)):
-        if variable is None or gradient is None:
+        if variable is None or gradient is None or (packed and not variable.numel()):
             continue
-        slots = [bucket.view(name, index) for name in update.names]
+        slots = [bucket.view(name, index) for name in update.names if bucket.kind(name)[1]]
+        if packed:  # positions and groups are counted in memory order
+            variable, gradient, *slots = (layout.memory_order(t) for t in (variable, gradient, *slots))
         g = gradient.to(compute)
         if update.factors is not None:
             g = prepare.scale_and_clip(g, update.factors[index].unbind())
         scalars = type(update.scalars)(*rows[0 if update.rows is None else index].unbind())
-        p, values = update.rule(variable.to(compute), g, tuple(slot.to(compute) for slot in slots), scalars)
+        values = tuple(slot.to(compute if slot.is_floating_point() else torch.int32) for slot in slots)
+        if len(slots) < len(update.names):
+            first = bucket.segments[index].offset
+            values = (_positions(first, variable), *values)
+        p, values = update.rule(variable.to(compute), g, values, scalars)
         variable.copy_(p)
         for slot, value in zip(slots, values, strict=True):
             slot.copy_(value)
+
+
+def _positions(first: int, like: Tensor) -> Tensor:
+    """The lower 32 bits of a segment's positions, int32."""
+    return torch.arange(first, first + like.numel(), device=like.device).to(torch.int32)
 
 
 def bind(update: Update, executor: Chosen) -> Callable[[Sequence[float], Tensor | None], None]:

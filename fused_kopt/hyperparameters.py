@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
     gradient_transformers: Sequence[Callable[[Pairs], Pairs]] | None
     executor: Executor
     verify_every: int
+    precision: Any
 
 
 _NOT_NEGATIVE = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay")

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Elements between two segments' starts: 16 keep every start 16-byte aligned from 1-byte slots upwards.
-ALIGNMENT = 16
+# Segments start at multiples of so many elements: 16 bytes in slots of 1 byte, and at a group's first element (`fused_kopt.op.GROUP`).
+ALIGNMENT = 64
 
 
 class Segment(NamedTuple):
@@ -66,6 +66,11 @@ def memory_order(tensor: Tensor) -> Tensor:
     if same_layout(tensor.shape, dense_stride(tensor), tensor.stride()):
         return tensor.as_strided((tensor.numel(),), (1,))
     return tensor.contiguous().view(-1)
+
+
+def shaped(flat: Tensor, like: Tensor) -> Tensor:
+    """Elements as they lie in memory, in the shape and strides of a dense tensor: `memory_order`'s inverse."""
+    return flat.as_strided(like.shape, dense_stride(like))
 
 
 def plan(variables: Iterable[Tensor], offset: int = 0) -> list[Segment]:

@@ -1,4 +1,4 @@
-"""The torch twin of the `op` namespace that update rules are written in.
+"""The torch twin of the `op` namespace that update rules, and the codecs around them, are written in.
 
 Every function is correctly rounded (`pow` within one unit in the last place) in float32 and float64, on CPU and GPU.
 `kernels/op.py` is the Triton twin: the same names in the same order. Arguments are floating tensors of one dtype
@@ -62,3 +62,39 @@ def pow(x: Tensor, y: Tensor) -> Tensor:
     with np.errstate(all="ignore"):
         power = np.power(x.numpy().astype(np.float64), y.item())
     return torch.from_numpy(np.asarray(power)).to(x.dtype)
+
+
+# For codecs (`fused_kopt.codecs`), in float32 only. Integers are int32: they wrap, and `>>` keeps the sign.
+
+GROUP = 64  # elements that share a scale: 4 bytes for 64 of 1
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bit pattern of float32."""
+    return x.view(torch.int32)
+
+
+def number(x: Tensor) -> Tensor:
+    """The float32 of a bit pattern."""
+    return x.view(torch.float32)
+
+
+def integer(x: Tensor) -> Tensor:
+    """A whole float32 number as an integer."""
+    return x.to(torch.int32)
+
+
+def position(at: Tensor) -> Tensor:
+    """Where elements are in their bucket, int32. `at` is what a rule gets for it; kernels put masks there too."""
+    return at
+
+
+def largest(x: Tensor, at: Tensor) -> Tensor:
+    """The largest of each GROUP of consecutive integers >= 0: [n] to [groups]."""
+    padded = torch.nn.functional.pad(x, (0, -x.numel() % GROUP))
+    return padded.view(-1, GROUP).amax(1)
+
+
+def spread(x: Tensor, like: Tensor) -> Tensor:
+    """What groups have, for their elements: [groups] to the shape of `like`."""
+    return x.repeat_interleave(GROUP)[: like.numel()]

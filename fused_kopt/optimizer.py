@@ -29,6 +29,8 @@ class Optimizer(Engine):
         gradient_transformers: functions from pairs to pairs, applied after aggregation.
         executor: "auto" (triton on a GPU; on CPU compiled for large variables, else the reference), "reference", "triton"
             or "compiled".
+        precision: how variables, their masters and their slots are stored: a name ("float32", "bf16_master", "bf16_split", "bf16_kahan",
+            "bf16_stochastic", "bf16_8bit") or a `fused_kopt.Precision`. Default "float32"; `set_precision` for single variables.
         verify_every: every so many steps, run the step on copies through the reference as well and raise
             FusedMismatchError on any difference, before anything is written. Default 0: never.
 
@@ -138,6 +140,7 @@ class Optimizer(Engine):
         with self._one_step():
             pairs = gradients.check([(v.detach(), v) for v in tape.flatten(variables)])
             self._check_known(pairs)
+            self._check_precision(pairs)
             self._begin(list({id(v): v for _, v in pairs}.values()))
 
     def _compare(self, pairs: Sequence[tuple[Any, Tensor]], executor: Executor, aggregated: bool) -> list[verification.Comparison]:

@@ -2,6 +2,7 @@
 
 import functools
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fused_kopt.execute import Rule
@@ -29,11 +30,15 @@ def averaged(p, g, slots, s):
 
 
 @functools.cache
-def around(option: Rule, rule: Rule) -> Rule:
-    """The rule with an option around it; always the same function, because executors keep kernels by it."""
+def around(option: Rule, rule: Rule, rounding: Callable[..., Any] | None = None) -> Rule:
+    """The rule with an option around it; always the same function, because executors keep kernels by it.
+
+    rounding: what a codec that names it rounds with (`fused_kopt.codecs`).
+    """
     assert isinstance(option, types.FunctionType)
     assert isinstance(rule, types.FunctionType)
-    function = types.FunctionType(option.__code__, {**option.__globals__, "inner": rule}, f"{option.__name__}_{rule.__name__}")
+    scope = {**option.__globals__, "inner": rule} | ({"rounding": rounding} if rounding else {})
+    function = types.FunctionType(option.__code__, scope, f"{option.__name__}_{rule.__name__}")
     function.__module__, function.__qualname__ = option.__module__, function.__name__
     return function
 

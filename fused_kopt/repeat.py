@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import is_
 from typing import Any
@@ -101,9 +101,9 @@ class Repeat:
         """Make the launches anew, for what changed in the updates."""
         self.launches = [execute.bind(update, executor) for update, executor in zip(self.updates, self.chosen, strict=True)]
 
-    def applies(self, rule: Rule, clips: Clips) -> bool:
-        """Whether the kernels are those of this rule, with or without factors."""
-        return all(update.rule is rule and (update.factors is None) == clips.neutral for update in self.updates)
+    def applies(self, rules: Iterable[Rule], clips: Clips) -> bool:
+        """Whether the kernels are those of these rules, one for each update, with or without factors."""
+        return all(u.rule is rule and (u.factors is None) == clips.neutral for u, rule in zip(self.updates, rules, strict=False))
 
     def run(self, scalars: Callable[[Update], Scalars]) -> None:
         """Launch with each update's scalars."""

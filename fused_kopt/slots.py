@@ -1,17 +1,30 @@
 """Slots: the per-variable state of an optimizer, declared in groups that give Keras's weight order."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class Slot(NamedTuple):
-    """One slot: its Keras name and the number every element starts from."""
+    """One slot: its Keras name and the number every element starts from.
+
+    Where a precision policy stores a slot in parts (`fused_kopt.precision`), each part is a Slot again, of a dtype of its own.
+    """
 
     name: str
     initial: float = 0.0
+    positive: bool = False
+    """Whether no element is ever negative."""
+    stored: torch.dtype | None = None
+    """None: the bucket's compute dtype."""
+    group: int = 1
+    """How many elements share one value."""
 
+
+# What a launch counts and does not store: where an element is among those of its bucket.
+POSITION = Slot("position", stored=torch.int32, group=0)
 
 # Slots of one group are created together, hence interleaved per variable (Ftrl); groups follow one another.
 SlotGroups = tuple[tuple[Slot, ...], ...]
@@ -22,10 +35,10 @@ def flatten(groups: SlotGroups) -> tuple[Slot, ...]:
     return tuple(slot for group in groups for slot in group)
 
 
-def creation_order(variables: Iterable[Tensor], groups: SlotGroups) -> Iterator[tuple[Tensor, Slot]]:
+def creation_order(variables: Iterable[Tensor], groups_of: Callable[[Tensor], SlotGroups]) -> Iterator[tuple[Tensor, Slot]]:
     """(variable, slot) in the order in which Keras creates them, and so lists them in `weights`."""
-    variables = list(variables)
-    for group in groups:
-        for variable in variables:
-            for slot in group:
+    groups = [(variable, groups_of(variable)) for variable in variables]
+    for number in range(max((len(mine) for _, mine in groups), default=0)):
+        for variable, mine in groups:
+            for slot in mine[number] if number < len(mine) else ():
                 yield variable, slot

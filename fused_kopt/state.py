@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,23 +12,37 @@ from fused_kopt import slots
 from fused_kopt.buffers import Bucket
 from fused_kopt.slots import Slot, SlotGroups
 
+Key = tuple[torch.device, torch.dtype, Any]
 Initializer = str | float | Tensor | Callable[..., Any]
 _INITIAL = {"zeros": 0.0, "ones": 1.0}
+
+
+class Policy(Protocol):
+    """What State asks of a precision policy."""
+
+    def groups(self, dtype: torch.dtype, groups: SlotGroups) -> SlotGroups: ...
 
 
 class State:
     """Owns the slots. Variables are kept alive, so that no id is ever reused; slots are found by variable identity."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.policies: dict[int, tuple[Tensor, Policy]] = {}  # by id: variables with one of their own
         self.iterations: Tensor | None = None
         self.weights: list[Tensor] = []
-        self.buckets: dict[tuple[torch.device, torch.dtype], Bucket] = {}
+        self.buckets: dict[Key, Bucket] = {}
         self.extra: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # add_slot's own: (variable, slot)
 
     def bucket(self, variable: Tensor) -> Bucket:
         """The bucket a variable belongs to."""
-        key = (variable.device, variable.dtype)
-        return self.buckets.get(key) or Bucket(*key)
+        key = self.key(variable)
+        return self.buckets.get(key) or Bucket(*key[:2], policy=key[2])
+
+    def key(self, variable: Tensor) -> Key:
+        """What variables of one bucket share."""
+        own = self.policies.get(id(variable))
+        return variable.device, variable.dtype, own[1] if own else self.policy
 
     def steps_taken(self) -> int:
         """The value of iterations, 0 before it exists."""
@@ -51,11 +65,12 @@ class State:
 
         Allocates everything before it publishes anything.
         """
-        members: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        members: dict[Key, list[Tensor]] = {}
         for variable in variables:
-            members.setdefault((variable.device, variable.dtype), []).append(variable)
+            members.setdefault(self.key(variable), []).append(variable)
         grown = [(self.bucket(mine[0]), mine) for mine in members.values()]
-        plans = [(bucket, bucket.grown(mine, slots.flatten(groups))) for bucket, mine in grown]
+        parts = {(b.dtype, b.policy): b.policy.groups(b.dtype, groups) for b, _ in grown}
+        plans = [(b, b.grown(mine, slots.flatten(parts[(b.dtype, b.policy)]))) for b, mine in grown]
         self._refuse_own(variable for _, (new, *_) in plans for variable in new)
         before = (self.iterations, len(self.weights), dict(self.buckets), [(bucket, bucket.mark()) for bucket, _ in grown])
         made: list[tuple[Bucket, str, int]] = []
@@ -64,9 +79,9 @@ class State:
                 self.make_iterations()
             self.weights.extend(first)
             for bucket, plan in plans:
-                self.buckets[(bucket.device, bucket.dtype)] = bucket
+                self.buckets[(bucket.device, bucket.dtype, bucket.policy)] = bucket
                 bucket.adopt(*plan)
-            for variable, slot in slots.creation_order(variables, groups):
+            for variable, slot in slots.creation_order(variables, lambda v: parts[self.key(v)[1:]]):
                 bucket = self.bucket(variable)
                 index = bucket.index[id(variable)]
                 if bucket.views[slot.name][index] is None:
@@ -119,7 +134,7 @@ class State:
             return found
         size = tuple(variable.shape if shape is None else shape)
         value = _initial_value(initializer, size, self.bucket(variable).compute, variable.device)
-        if size == tuple(variable.shape):
+        if size == tuple(variable.shape) and self.bucket(variable).policy.groups(variable.dtype, ((slot,),)) == ((slot,),):
             self.ensure([variable], ((slot,),))
             view = self.bucket(variable).view(slot.name, self.bucket(variable).index[id(variable)])
         else:
@@ -135,14 +150,16 @@ class State:
         for key, bucket in self.buckets.items():
             for name, views in bucket.views.items():
                 place.update({id(view): (key, name, i) for i, view in enumerate(views) if view is not None})
-        return {**self.__dict__, "weights": [place.get(id(w), w) for w in self.weights], "extra": list(self.extra.items())}
+        own = {"extra": list(self.extra.items()), "policies": list(self.policies.values())}
+        return {**self.__dict__, "weights": [place.get(id(w), w) for w in self.weights], **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.extra = {(id(entry[0]), key[1]): entry for key, entry in state["extra"]}
+        self.policies = {id(entry[0]): entry for entry in state["policies"]}
         self.weights = [self.buckets[w[0]].view(*w[1:]) if isinstance(w, tuple) else w for w in state["weights"]]
         # torch.load(map_location=...) moves tensors: buckets follow theirs, counters and caches stay on the CPU
-        self.buckets = {(b.device, b.dtype): b for b in self.buckets.values()}
+        self.buckets = {(b.device, b.dtype, b.policy): b for b in self.buckets.values()}
         for weight in (w for w in state["weights"] if isinstance(w, Tensor) and w.dim() == 0 and not w.is_meta):
             weight.data = weight.data.cpu()
 
@@ -162,7 +179,8 @@ def _initial_value(initializer: Initializer, shape: tuple[int, ...], dtype: torc
 
 
 def to_numpy(weight: Tensor) -> Any:
-    """A weight as numpy: an array of its own, or a numpy scalar where it is 0-d."""
+    """A weight as numpy: an array of its own, or a numpy scalar where it is 0-d. numpy has no bfloat16: float32 instead."""
+    weight = weight.float() if weight.dtype == torch.bfloat16 else weight
     return weight.detach().cpu().numpy().copy()[()]
 
 

@@ -14,6 +14,7 @@ from triton.runtime import driver, interpreter
 
 from fused_kopt.kernels import rules, tuning
 from fused_kopt.kernels.norms import fold, square_blocks
+from fused_kopt.kernels.op import GROUP
 from fused_kopt.kernels.tuning import Config
 from fused_kopt.kernels.update import advance as next_row
 from fused_kopt.kernels.update import update_bucket
@@ -24,7 +25,10 @@ INTERPRETER_BLOCK = 65_536
 # registers (72) for three programs, 24 warps, to share a multiprocessor. More elements in flight shuffle layouts where widths mix.
 THREADS, BLOCK, WIDE_BLOCK = 256, 1024, 512
 
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+TRITON_DTYPE = {
+    **{torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16},
+    **{torch.uint8: tl.uint8, torch.int8: tl.int8, torch.int16: tl.int16, torch.int32: tl.int32},
+}
 
 # TRITON_INTERPRET=1: there is no compiled kernel in this process, and addresses on a device would be read on the host.
 INTERPRETED = isinstance(update_bucket, interpreter.InterpretedFunction)
@@ -53,7 +57,7 @@ def block_size(variable: torch.dtype) -> int:
 
 def _interpreter_block(segments: Any) -> int:
     """Elements per program in the interpreter: the largest segment's, rounded up to the power of two that a block must be."""
-    largest: int = max(segment.numel for segment in segments)
+    largest: int = max(GROUP.value, *(segment.numel for segment in segments))
     return min(INTERPRETER_BLOCK, 1 << max(largest - 1, 0).bit_length())
 
 
@@ -130,6 +134,12 @@ def configuration(rule: Any, device: torch.device, dtypes: tuple[torch.dtype, to
     return tuned or Config(block_size(dtypes[0]), THREADS // driver.active.get_current_target().warp_size)
 
 
+def stored(kinds: Sequence[tuple[torch.dtype, int]]) -> tuple[tuple[Any, ...], tuple[int, ...], bool]:
+    """The kernel's STORED, GROUPS and GROUPED."""
+    groups = tuple(group for _, group in kinds)
+    return tuple(TRITON_DTYPE[dtype] for dtype, _ in kinds), groups, max(groups, default=1) > 1
+
+
 def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], Tensor | None], None]:
     """A function of the scalars and factors that launches an update (`fused_kopt.execute.Update`): once per gradient dtype."""
     bucket = update.bucket
@@ -142,9 +152,9 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], Tensor | None]
         block, warps = _interpreter_block(bucket.segments), 0
         if not interpret:
             block, warps = configuration(update.rule, bucket.device, (bucket.dtype, dtype))
-        tables, kinds = _tables(update, block), [TRITON_DTYPE[kind] for kind in (bucket.dtype, dtype, bucket.stored, bucket.compute)]
+        tables, kinds = _tables(update, block), (TRITON_DTYPE[bucket.dtype], TRITON_DTYPE[dtype], *stored([bucket.kind(name) for name in update.names]))
         if tables.grid:
-            constants = (wrap(update.rule), wrap(prepare), build, stride, len(update.names), *kinds, block)
+            constants = (wrap(update.rule), wrap(prepare), build, stride, *kinds, TRITON_DTYPE[bucket.compute], block)
             calls.append((tables, tables.segments(table, dtype), constants, warps, []))
 
     def launch(scalars: Sequence[float], factors: Tensor | None) -> None:

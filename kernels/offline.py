@@ -32,6 +32,8 @@ class Spec(NamedTuple):
     slots: int
     variable: torch.dtype
     gradient: torch.dtype
+    planes: tuple[tuple[torch.dtype, int], ...] = ()
+    """Of each slot its dtype, and how many elements share a value. Empty: the compute dtype, 1."""
 
     @property
     def compute(self) -> torch.dtype:
@@ -41,15 +43,15 @@ class Spec(NamedTuple):
     def constants(self, block: int, interpret: bool = False) -> dict[str, Any]:
         """The kernel's constexprs."""
         wrap = rules.interpreted if interpret else rules.compiled
+        planes = self.planes or ((self.compute, 1),) * self.slots
         return {
             "RULE": wrap(self.rule),
             "PREPARE": wrap(self.prepare),
             "SCALARS": launch.Build(self.scalars) if interpret or self.compute == torch.float64 else None,
             "STRIDE": 0,
-            "SLOTS": self.slots,
             "VARIABLE": launch.TRITON_DTYPE[self.variable],
             "GRADIENT": launch.TRITON_DTYPE[self.gradient],
-            "SLOT": launch.TRITON_DTYPE[self.compute],
+            **dict(zip(("STORED", "GROUPS", "GROUPED"), launch.stored(planes), strict=True)),
             "COMPUTE": launch.TRITON_DTYPE[self.compute],
             "BLOCK": block,
         }

@@ -54,3 +54,38 @@ def where(condition, x, y):
 @triton.jit
 def pow(x, y):
     return libdevice.pow(x.to(tl.float64), tl.zeros_like(x).to(tl.float64) + y.to(tl.float64)).to(x.dtype)
+
+
+GROUP = tl.constexpr(64)
+
+
+@triton.jit
+def bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def number(x):
+    return x.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def integer(x):
+    return x.to(tl.int32)
+
+
+@triton.jit
+def position(at):
+    return at[0]
+
+
+@triton.jit
+def largest(x, at):
+    x = tl.where(at[1], x, 0) if at[1] is not None else x
+    return tl.max(tl.reshape(x, (x.shape[0] // GROUP, GROUP)), axis=1)
+
+
+@triton.jit
+def spread(x, like):
+    wide = tl.broadcast_to(tl.expand_dims(x, 1), (x.shape[0], GROUP))
+    return tl.reshape(wide, (x.shape[0] * GROUP,))

@@ -38,6 +38,13 @@ def _interpreted_pow(x: Any, y: Any) -> Any:
     return tl.core.tensor(interpreter.TensorHandle(power.astype(dtype), x.dtype), x.type)
 
 
+def _interpreted_largest(x: Any, at: Any) -> Any:
+    """`op.largest` for the interpreter, which cannot call tl.max from a kernel that it interprets."""
+    values = x.handle.data if at[1] is None else np.where(at[1].handle.data, x.handle.data, 0)
+    found = values.reshape(-1, op.GROUP.value).max(axis=1)
+    return tl.core.tensor(interpreter.TensorHandle(found, x.dtype), tl.block_type(x.dtype, list(found.shape)))
+
+
 @functools.cache
 def interpreted(function: types.FunctionType) -> Any:
     """A kernel's or a rule's plain Python twin for Triton's interpreter.
@@ -45,8 +52,8 @@ def interpreted(function: types.FunctionType) -> Any:
     TRITON_INTERPRET chooses for the whole process, when a kernel is decorated; unwrapping the decorated functions lets
     one process interpret and compile the same text. Kernel text uses language builtins only, so that this is complete.
     """
-    if function is op.pow.fn:
-        return _interpreted_pow
+    if function in (op.pow.fn, op.largest.fn):
+        return _interpreted_pow if function is op.pow.fn else _interpreted_largest
 
     def replace(value: Any) -> Any:
         if is_torch_op(value):

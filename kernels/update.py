@@ -3,11 +3,15 @@
 import triton
 import triton.language as tl
 
+from fused_kopt.kernels.op import GROUP
+
 
 @triton.jit
 def decode(x, STORED: tl.constexpr, COMPUTE: tl.constexpr):
     if STORED == tl.bfloat16:
         return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(COMPUTE)
+    elif STORED.is_int():
+        return x.to(tl.int32)
     else:
         return x.to(COMPUTE)
 
@@ -24,34 +28,51 @@ def encode(x, STORED: tl.constexpr):
 
 @triton.jit
 def update_block(
-    variable, gradient, slots, s, factors, lanes, mask,
-    RULE: tl.constexpr, PREPARE: tl.constexpr, VARIABLE: tl.constexpr, GRADIENT: tl.constexpr, SLOT: tl.constexpr, COMPUTE: tl.constexpr,
+    variable, gradient, slots, s, factors, at, masks,
+    RULE: tl.constexpr, PREPARE: tl.constexpr, VARIABLE: tl.constexpr, GRADIENT: tl.constexpr,
+    STORED: tl.constexpr, GROUPS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Load, compute, store BLOCK elements. Pointers are at the block's first element; mask is None for a full block."""
+    """Load, compute, store BLOCK elements. Pointers are at the block's first element; `slots` holds a position where GROUPS is 0.
+
+    at: the elements and the groups. masks: of elements and of groups; None for a full block.
+    """
+    mask, few = masks
+    lanes, groups = at
     p = decode(tl.load(variable + lanes, mask=mask), VARIABLE, COMPUTE)
     g = decode(tl.load(gradient + lanes, mask=mask), GRADIENT, COMPUTE)
     values = ()
     for i in tl.static_range(len(slots)):
-        values += (decode(tl.load(slots[i] + lanes, mask=mask), SLOT, COMPUTE),)
+        if GROUPS[i] == 0:
+            values += ((slots[i] + lanes, mask),)
+        elif GROUPS[i] > 1:
+            values += (tl.load(slots[i] + groups, mask=few),)
+        else:
+            values += (decode(tl.load(slots[i] + lanes, mask=mask), STORED[i], COMPUTE),)
     p, values = RULE(p, PREPARE(g, factors), values, s)
     tl.store(variable + lanes, encode(p, VARIABLE), mask=mask)
-    for i in tl.static_range(len(slots)):
-        tl.store(slots[i] + lanes, encode(values[i], SLOT), mask=mask)
+    first: tl.constexpr = len(slots) - len(values)
+    for i in tl.static_range(len(values)):
+        if GROUPS[first + i] > 1:
+            tl.store(slots[first + i] + groups, values[i], mask=few)
+        else:
+            tl.store(slots[first + i] + lanes, encode(values[i], STORED[first + i]), mask=mask)
 
 
 @triton.jit
 def update_bucket(
     segments, blocks, factors, s,
-    RULE: tl.constexpr, PREPARE: tl.constexpr, SCALARS: tl.constexpr, STRIDE: tl.constexpr, SLOTS: tl.constexpr,
-    VARIABLE: tl.constexpr, GRADIENT: tl.constexpr, SLOT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    RULE: tl.constexpr, PREPARE: tl.constexpr, SCALARS: tl.constexpr, STRIDE: tl.constexpr,
+    VARIABLE: tl.constexpr, GRADIENT: tl.constexpr,
+    STORED: tl.constexpr, GROUPS: tl.constexpr, GROUPED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update one bucket in place, one program per block.
 
-    segments: int64[n, 3 + SLOTS] = addresses of variable and gradient, numel (0: absent in this step), addresses of the slots.
+    segments: int64[n, 3 + slots] = addresses of variable and gradient, numel (0: absent in this step), addresses of the slots.
     blocks: int32[grid, 2] = segment, block of it. factors: COMPUTE[n, 5], what PREPARE does to the gradient.
     s: the scalars, as floats, or where SCALARS builds them as pointers to those of segment 0; those of the next one lie
-    STRIDE elements on.
+    STRIDE elements on. STORED, GROUPS: of each slot its dtype, and how many elements share a value (0: a position, not an address); GROUPED: whether any do.
     """
+    SLOTS: tl.constexpr = len(STORED)
     block = blocks + 2 * tl.program_id(0).to(tl.int64)
     segment = tl.load(block).to(tl.int64)
     start = tl.load(block + 1).to(tl.int64) * BLOCK
@@ -73,10 +94,10 @@ def update_bucket(
     else:
         scalars = s
     lanes = tl.arange(0, BLOCK)
+    groups = tl.arange(0, BLOCK // GROUP) if GROUPED else lanes
     # bfloat16 travels as its bits: the interpreter truncates and AMD's cast differs, integer rounding is right everywhere
     V: tl.constexpr = tl.pointer_type(tl.uint16 if VARIABLE == tl.bfloat16 else VARIABLE)
     G: tl.constexpr = tl.pointer_type(tl.uint16 if GRADIENT == tl.bfloat16 else GRADIENT)
-    S: tl.constexpr = tl.pointer_type(tl.uint16 if SLOT == tl.bfloat16 else SLOT)
     if (left >= BLOCK) & (together % 16 == 0):
         # the cast first and in place, then the hint, then the offset: the order that vectorises to 128 bits (a cast in a
         # function of its own loses the hint in Triton 3.6)
@@ -84,15 +105,22 @@ def update_bucket(
         g = tl.multiple_of(gradient.to(G), 16) + start
         views = ()
         for i in tl.static_range(SLOTS):
-            views += (tl.multiple_of(addresses[i].to(S), 16) + start,)
-        update_block(v, g, views, scalars, f, lanes, None, RULE, PREPARE, VARIABLE, GRADIENT, SLOT, COMPUTE)
-    else:
+            if GROUPS[i] == 0:
+                views += ((addresses[i] + start).to(tl.int32),)
+            else:
+                views += (tl.multiple_of(addresses[i].to(tl.pointer_type(tl.uint16 if STORED[i] == tl.bfloat16 else STORED[i])), 16) + start // GROUPS[i],)
+        update_block(v, g, views, scalars, f, (lanes, groups), (None, None), RULE, PREPARE, VARIABLE, GRADIENT, STORED, GROUPS, COMPUTE)
+    elif (left > 0) | GROUPED:  # ptxas keeps fewer registers with the test in kernels without groups, and without it in the others
         v = variable.to(V) + start
         g = gradient.to(G) + start
         views = ()
         for i in tl.static_range(SLOTS):
-            views += (addresses[i].to(S) + start,)
-        update_block(v, g, views, scalars, f, lanes, lanes < left, RULE, PREPARE, VARIABLE, GRADIENT, SLOT, COMPUTE)
+            if GROUPS[i] == 0:
+                views += ((addresses[i] + start).to(tl.int32),)
+            else:
+                views += (addresses[i].to(tl.pointer_type(tl.uint16 if STORED[i] == tl.bfloat16 else STORED[i])) + start // GROUPS[i],)
+        masks = (lanes < left, groups * GROUP < left)
+        update_block(v, g, views, scalars, f, (lanes, groups), masks, RULE, PREPARE, VARIABLE, GRADIENT, STORED, GROUPS, COMPUTE)
 
 
 @triton.jit

@@ -61,7 +61,7 @@ class Adadelta(Optimizer):
         self.epsilon = fuzz(epsilon)
 
     def slot_groups(self) -> SlotGroups:
-        return ((Slot("accum_grad"),), (Slot("accum_var"),))
+        return ((Slot("accum_grad", positive=True),), (Slot("accum_var", positive=True),))
 
     def rule(self) -> Rule:
         return adadelta

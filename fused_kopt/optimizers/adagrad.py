@@ -53,7 +53,7 @@ class Adagrad(Optimizer):
         self.epsilon = fuzz(epsilon)
 
     def slot_groups(self) -> SlotGroups:
-        return ((Slot("accumulator", self._initial_accumulator_value),),)
+        return ((Slot("accumulator", self._initial_accumulator_value, positive=True),),)
 
     def rule(self) -> Rule:
         return adagrad

@@ -95,7 +95,7 @@ class Adam(Optimizer):
         self.amsgrad = amsgrad
 
     def slot_groups(self) -> SlotGroups:
-        groups = ((Slot("m"),), (Slot("v"),), (Slot("vhat"),))
+        groups = ((Slot("m"),), (Slot("v", positive=True),), (Slot("vhat", positive=True),))
         return groups if self.amsgrad else groups[:2]
 
     def rule(self) -> Rule:

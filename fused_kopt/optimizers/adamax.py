@@ -66,7 +66,7 @@ class Adamax(Optimizer):
         self.epsilon = fuzz(epsilon)
 
     def slot_groups(self) -> SlotGroups:
-        return ((Slot("m"),), (Slot("v"),))
+        return ((Slot("m"),), (Slot("v", positive=True),))
 
     def rule(self) -> Rule:
         return adamax

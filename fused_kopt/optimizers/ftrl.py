@@ -146,7 +146,7 @@ class Ftrl(Optimizer):
         return float(self.learning_rate_power) == -0.5
 
     def slot_groups(self) -> SlotGroups:
-        return ((Slot("accumulator", self._initial_accumulator_value), Slot("linear")),)
+        return ((Slot("accumulator", self._initial_accumulator_value, positive=True), Slot("linear")),)
 
     def _choose(self, half: Rule, half_shrunk: Rule, power: Rule, power_shrunk: Rule) -> Rule:
         shrunk = self._l2_shrinkage_regularization_strength > 0

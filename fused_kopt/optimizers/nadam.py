@@ -88,7 +88,7 @@ class Nadam(Optimizer):
         return super().from_config(config, custom_objects)
 
     def slot_groups(self) -> SlotGroups:
-        return ((Slot("m"),), (Slot("v"),))
+        return ((Slot("m"),), (Slot("v", positive=True),))
 
     def rule(self) -> Rule:
         return nadam

@@ -120,7 +120,7 @@ class RMSprop(Optimizer):
 
     def slot_groups(self) -> SlotGroups:
         names = ["rms", *["momentum"] * self._has_momentum, *["mg"] * self.centered]
-        return tuple((Slot(name),) for name in names)
+        return tuple((Slot(name, positive=name == "rms"),) for name in names)
 
     def rule(self) -> Rule:
         if self._has_momentum:
