@@ -13,6 +13,7 @@ from fused_kopt.buffers import Bucket
 from fused_kopt.clipping import Clips
 from fused_kopt.execute import Executor, Rule
 from fused_kopt.layout import Segment
+from fused_kopt.recording import Sums
 from fused_kopt.repeat import Scalars
 from fused_kopt.repeats import Repeats
 from fused_kopt.slots import Slot
@@ -67,16 +68,19 @@ class Borrower:
         scalars: Callable[[torch.dtype], Sequence[Any]],
         clips: Clips = NO_CLIPS,
         exact: bool = True,
+        sums: Sums | None = None,
     ) -> None:
         """Update variables and slots in place: one launch per device and dtypes. Arguments: see Borrowed and Task.
+
+        sums: from `Recorder.start`, where the step is measured. Several calls of a step may share it.
 
         Raises what `Optimizer.apply_gradients` raises for gradients and variables, and ValueError or TypeError for slots that
         do not fit; nothing has been written then.
         """
         slots = list(itertools.chain.from_iterable(given.slots))
         repeat = self._repeats.match(given.gradients, given.variables, self.executor, slots)
-        if repeat is None or not repeat.applies(itertools.repeat(rule), clips):
-            self._anew(Task(rule, scalars, clips, exact), given, slots)
+        if repeat is None or not repeat.applies(itertools.repeat(rule), clips, sums):
+            self._anew(Task(rule, scalars, clips, exact), given, slots, sums)
         else:
             found = {
                 id(u): _numbers(scalars(u.bucket.compute), given, order) for u, order in zip(repeat.updates, repeat.orders, strict=True)
@@ -86,10 +90,10 @@ class Borrower:
                     update.rows = found[id(update)][1]
                 repeat.bind()
             repeat.clip(clips)
-            repeat.run(lambda update: found[id(update)])
+            repeat.run(lambda update: found[id(update)], sums)
         torch.autograd.graph.increment_version(given.variables)
 
-    def _anew(self, task: Task, given: Borrowed, slots: list[Tensor]) -> None:
+    def _anew(self, task: Task, given: Borrowed, slots: list[Tensor], sums: Sums | None) -> None:
         names = given.names or [gradients.name(variable, i) for i, variable in enumerate(given.variables)]
         pairs = gradients.check(list(zip(given.gradients, given.variables, strict=True)), names)
         _check_slots(pairs, given.slots, names)
@@ -101,8 +105,10 @@ class Borrower:
         entries = [Entry(g, v, row) for (g, v), row in zip(pairs, rows, strict=True)]
         with torch.no_grad():
             launches = [_launch(bucket, members, entries, given, task) for bucket, members in _buckets(pairs, given.slots)]
+        for launch in launches:
+            launch.update.sums = sums and sums.on(launch.update.bucket.device)
         chosen = [verification.proven(launch.update, executors[launch.update.bucket.device], self.executor) for launch in launches]
-        updates.run(launches, chosen)
+        updates.run(launches, chosen, sums)
         self._repeats.learn(pairs, launches, chosen, self.executor, slots)
         for launch in launches:
             launch.update.bucket.borrow({})  # repeats need addresses only: the owner of the slots may free them

@@ -51,6 +51,9 @@ class Update:
     """Compute dtype, 1-D: where launches read `scalars` (or all `rows`) on the device, in place of these."""
     tables: dict[torch.dtype, Any] | None = None
     """What `segment_tables` returns, where the addresses are known without the tensors."""
+    sums: Tensor | None = None
+    """float64 [3] on the bucket's device, to which the launch adds the squares of the gradients (`prepare.scale`), of the steps and
+    of the new variables, both as stored. None: no sums."""
 
     def blocks(self, block: int) -> Any:
         """The block table of the bucket."""
@@ -84,7 +87,7 @@ class Update:
         if not flat:
             borrowed = {name: self.bucket.views[name] for name in self.names if self.bucket.kind(name)[1]}
             bucket.borrow({name: [layout.clone(v, v.stride()) for v in views if v is not None] for name, views in borrowed.items()})
-        return replace(self, bucket=bucket, variables=variables)
+        return replace(self, bucket=bucket, variables=variables, sums=None if self.sums is None else torch.zeros_like(self.sums))
 
 
 def _reference(update: Update) -> None:
@@ -101,9 +104,11 @@ def _reference(update: Update) -> None:
         slots = [bucket.view(name, index) for name in update.names if bucket.kind(name)[1]]
         if packed:  # positions and groups are counted in memory order
             variable, gradient, *slots = (layout.memory_order(t) for t in (variable, gradient, *slots))
-        g = gradient.to(compute)
+        g = raw = gradient.to(compute)
         if update.factors is not None:
-            g = prepare.scale_and_clip(g, update.factors[index].unbind())
+            factors = update.factors[index].unbind()
+            g, raw = prepare.scale_and_clip(g, factors), prepare.scale(g, factors)
+        before = None if update.sums is None else variable.clone()
         scalars = type(update.scalars)(*rows[0 if update.rows is None else index].unbind())
         values = tuple(slot.to(compute if slot.is_floating_point() else torch.int32) for slot in slots)
         if len(slots) < len(update.names):
@@ -113,6 +118,14 @@ def _reference(update: Update) -> None:
         variable.copy_(p)
         for slot, value in zip(slots, values, strict=True):
             slot.copy_(value)
+        if update.sums is not None and before is not None:
+            update.sums += squares(raw, before, variable)
+
+
+def squares(gradient: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """float64 [3]: the sums of the squares of a gradient, of a variable's step, and of the variable after it."""
+    gradient, before, after = gradient.double(), before.double(), after.double()
+    return torch.stack([x.square().sum() for x in (gradient, after - before, after)])
 
 
 def _positions(first: int, like: Tensor) -> Tensor:
@@ -122,14 +135,15 @@ def _positions(first: int, like: Tensor) -> Tensor:
 
 def bind(update: Update, executor: Chosen) -> Callable[[Sequence[float], Tensor | None], None]:
     """A function of scalars and factors that executes an update at its present addresses: what repeated steps call."""
-    how = prepare.keep if update.factors is None else prepare.scale_and_clip
+    how, what = (prepare.keep, prepare.keep) if update.factors is None else (prepare.scale_and_clip, prepare.scale)
+    measured = None if update.sums is None else what
     if executor == "triton":
         from fused_kopt.kernels import launch
 
-        return launch.bind(update, how)
+        return launch.bind(update, how, measured)
     from fused_kopt.kernels import cpp_launch
 
-    return cpp_launch.bind(update, how)
+    return cpp_launch.bind(update, how, measured)
 
 
 @functools.cache

@@ -30,13 +30,14 @@ class Options(TypedDict, total=False):
     executor: Executor
     verify_every: int
     precision: Any
+    stats_every: int
 
 
 _NOT_NEGATIVE = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """OptimizerV2's checks of its keyword arguments, in its order, and ours of `executor` and `verify_every`."""
+    """OptimizerV2's checks of its keyword arguments, in its order, and ours of `executor`, `verify_every` and `stats_every`."""
     for name, value in options.items():
         if name not in Options.__annotations__:
             allowed = ", ".join(sorted(Options.__annotations__))
@@ -47,9 +48,10 @@ def check_options(options: Mapping[str, Any]) -> None:
             warnings.warn("The `lr` argument is deprecated, use `learning_rate` instead.", UserWarning, stacklevel=4)
     if options.get("executor", "auto") not in EXECUTORS:
         raise ValueError(f"`executor` must be one of {EXECUTORS}. Received: executor={options['executor']!r}.")
-    every = options.get("verify_every", 0)
-    if not isinstance(every, int) or every < 0:
-        raise ValueError(f"`verify_every` must be an int >= 0 (0: never). Received: verify_every={every!r}.")
+    for name in ("verify_every", "stats_every"):
+        every = options.get(name, 0)
+        if not isinstance(every, int) or every < 0:
+            raise ValueError(f"`{name}` must be an int >= 0 (0: never). Received: {name}={every!r}.")
 
 
 def check_clips(clips: Mapping[str, float | None], transformers: Sequence[Any]) -> None:
@@ -200,7 +202,7 @@ class Step:
     """What `scalars` derives a step's numbers from: numpy scalars of one dtype, so that every operation rounds as Keras's does.
 
     Attributes: `dtype` np.float32 or np.float64, `iterations` the count before this step, `t` the 1-based step in `dtype`,
-    `multiplier` what a variable's learning rate is multiplied by.
+    `multiplier` what a variable's learning rate is multiplied by, `rate` the learning rate once it has been asked for.
     """
 
     def __init__(self, iterations: int, dtype: torch.dtype, multiplier: float = 1.0) -> None:
@@ -209,6 +211,7 @@ class Step:
         self.torch_dtype = dtype
         self.iterations = iterations
         self.t = self.dtype(iterations + 1)
+        self.rate: Any = math.nan  # what learning_rate returned
         self.cache: Any = None  # what a rule's scalars leave for its _commit
 
     def number(self, value: Any) -> Any:
@@ -242,4 +245,5 @@ class Step:
         rate = self.number(value)
         if decay > 0:
             rate = rate / (1 + self.number(decay) * self.dtype(self.iterations))
-        return rate if self.multiplier == 1.0 else rate * self.number(self.multiplier)
+        self.rate = rate if self.multiplier == 1.0 else rate * self.number(self.multiplier)
+        return self.rate

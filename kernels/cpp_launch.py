@@ -24,9 +24,12 @@ def counters() -> tuple[int, int]:
 
 
 @functools.cache
-def kernel(rule: Any, prepare: Any, scalars: Any, slots: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> Any:
-    """The compiled function; dtypes of variable, gradient and slots. Shapes, addresses, learning rates and steps are its arguments."""
-    return _function(cpp_build.load(cpp.update_source(rule, prepare, scalars, slots, dtypes)).update, "ppippii")
+def kernel(
+    rule: Any, prepare: Any, scalars: Any, planes: cpp.Planes, dtypes: tuple[torch.dtype, torch.dtype], measured: Any = None
+) -> Any:
+    """The compiled function, see `cpp.update_source`. Shapes, addresses, learning rates and steps are its arguments."""
+    library = cpp_build.load(cpp.update_source(rule, prepare, scalars, planes, dtypes, measured))
+    return _function(library.update, "ppippii" if measured is None else "ppippipi")
 
 
 @functools.cache
@@ -53,8 +56,11 @@ class Fixed:
         self.threads = update.bucket.segments[-1].end > ONE_THREAD
 
 
-def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], torch.Tensor | None], None]:
-    """A function of the scalars and factors that executes an update (`fused_kopt.execute.Update`): a call per gradient dtype."""
+def bind(update: Any, prepare: Any, measured: Any = None) -> Callable[[Sequence[float], torch.Tensor | None], None]:
+    """A function of the scalars and factors that executes an update (`fused_kopt.execute.Update`): a call per gradient dtype.
+
+    measured: for an update with sums, what of a gradient they are of.
+    """
     bucket = update.bucket
     if bucket.tables is None:
         bucket.tables = {}
@@ -64,8 +70,9 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], torch.Tensor |
     kind: Any = type(update.scalars)
     wide = bucket.compute == torch.float64
     row = (ctypes.c_double if wide else ctypes.c_float) * len(update.scalars)
+    planes = tuple(bucket.kind(name) for name in update.names)
     calls = [
-        (kernel(update.rule, prepare, kind, len(update.names), (bucket.dtype, dtype, bucket.stored)), table, table.ctypes.data)
+        (kernel(update.rule, prepare, kind, planes, (bucket.dtype, dtype), measured), table, table.ctypes.data)
         for dtype, table in update.segment_tables().items()
         if len(fixed.blocks)
     ]
@@ -79,10 +86,15 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], torch.Tensor |
         stride = 0 if update.rows is None else len(scalars)
         threads = torch.get_num_threads() if fixed.threads else 1
         clips = None if factors is None else factors.contiguous()
+        clip = None if clips is None else clips.data_ptr()
         for step, _, address in calls:
             with _counter_lock:
                 _launches += 1
-            step(address, fixed.address, len(fixed.blocks), None if clips is None else clips.data_ptr(), numbers, stride, threads)
+            sums = None if measured is None else torch.zeros((len(fixed.blocks), 3), dtype=torch.float64, device="cpu")
+            more = () if sums is None else (sums.data_ptr(),)
+            step(address, fixed.address, len(fixed.blocks), clip, numbers, stride, *more, threads)
+            if sums is not None:
+                update.sums.add_(sums.sum(dim=0))
 
     return launch
 

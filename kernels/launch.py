@@ -23,6 +23,7 @@ from fused_kopt.kernels.update import update_bucket
 INTERPRETER_BLOCK = 65_536
 # 256 threads of 4 elements, 2 in float64: one 128-bit access per float32 or float64 tensor and thread, and few enough
 # registers (72) for three programs, 24 warps, to share a multiprocessor. More elements in flight shuffle layouts where widths mix.
+# With slots of one byte, 8 elements are 64 bits, and what shares their tile is narrow too.
 THREADS, BLOCK, WIDE_BLOCK = 256, 1024, 512
 
 TRITON_DTYPE = {
@@ -50,9 +51,11 @@ def interprets(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def block_size(variable: torch.dtype) -> int:
-    """Elements per program in a compiled kernel."""
-    return WIDE_BLOCK if variable == torch.float64 else BLOCK
+def block_size(variable: torch.dtype, planes: Sequence[tuple[torch.dtype, int]] = ()) -> int:
+    """Elements per program in a compiled kernel. planes: of each slot its dtype, and how many elements share a value."""
+    if variable == torch.float64:
+        return WIDE_BLOCK
+    return 2 * BLOCK if any(dtype.itemsize == 1 for dtype, _ in planes) else BLOCK
 
 
 def _interpreter_block(segments: Any) -> int:
@@ -127,11 +130,13 @@ def advance(table: Tensor, counter: Tensor, row: Tensor) -> None:
 
 
 @functools.cache
-def configuration(rule: Any, device: torch.device, dtypes: tuple[torch.dtype, torch.dtype]) -> Config:
+def configuration(
+    rule: Any, device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], planes: tuple[tuple[torch.dtype, int], ...] = ()
+) -> Config:
     """Block size and warps of a compiled kernel: what `fused-kopt tune` stored for this device, or the defaults."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     tuned = tuning.lookup(tuning.kernel_hash(update_bucket, rules.compiled(rule)), name, dtypes) if name else None
-    return tuned or Config(block_size(dtypes[0]), THREADS // driver.active.get_current_target().warp_size)
+    return tuned or Config(block_size(dtypes[0], planes), THREADS // driver.active.get_current_target().warp_size)
 
 
 def stored(kinds: Sequence[tuple[torch.dtype, int]]) -> tuple[tuple[Any, ...], tuple[int, ...], bool]:
@@ -140,21 +145,25 @@ def stored(kinds: Sequence[tuple[torch.dtype, int]]) -> tuple[tuple[Any, ...], t
     return tuple(TRITON_DTYPE[dtype] for dtype, _ in kinds), groups, max(groups, default=1) > 1
 
 
-def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], Tensor | None], None]:
-    """A function of the scalars and factors that launches an update (`fused_kopt.execute.Update`): once per gradient dtype."""
+def bind(update: Any, prepare: Any, measured: Any = None) -> Callable[[Sequence[float], Tensor | None], None]:
+    """A function of the scalars and factors that launches an update (`fused_kopt.execute.Update`): once per gradient dtype.
+
+    measured: for an update with sums, what of a gradient they are of.
+    """
     bucket = update.bucket
     interpret = interprets(bucket.device)
     by_pointer = interpret or bucket.compute == torch.float64 or update.rows is not None or update.current is not None
     stride = 0 if update.rows is None else len(update.scalars)
     wrap, build = rules.interpreted if interpret else rules.compiled, Build(type(update.scalars)) if by_pointer else None
     calls: list[Any] = []
+    planes, compute = tuple(bucket.kind(name) for name in update.names), TRITON_DTYPE[bucket.compute]
     for dtype, table in update.segment_tables().items():
         block, warps = _interpreter_block(bucket.segments), 0
         if not interpret:
-            block, warps = configuration(update.rule, bucket.device, (bucket.dtype, dtype))
-        tables, kinds = _tables(update, block), (TRITON_DTYPE[bucket.dtype], TRITON_DTYPE[dtype], *stored([bucket.kind(name) for name in update.names]))
+            block, warps = configuration(update.rule, bucket.device, (bucket.dtype, dtype), planes)
+        tables, kinds = _tables(update, block), (TRITON_DTYPE[bucket.dtype], TRITON_DTYPE[dtype], *stored(planes))
         if tables.grid:
-            constants = (wrap(update.rule), wrap(prepare), build, stride, *kinds, TRITON_DTYPE[bucket.compute], block)
+            constants = (wrap(update.rule), wrap(prepare), measured and wrap(measured), build, stride, *kinds, compute, block)
             calls.append((tables, tables.segments(table, dtype), constants, warps, []))
 
     def launch(scalars: Sequence[float], factors: Tensor | None) -> None:
@@ -163,14 +172,17 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], Tensor | None]
             row = scalar_row(scalars if update.rows is None else update.rows, bucket) if update.current is None else update.current
             numbers = type(scalars)(*(row[i:] for i in range(len(scalars))))
         for tables, segments, constants, warps, known in calls:
-            arguments = (segments, tables.blocks, tables.unread(update) if factors is None else factors, numbers)
+            sums = None if measured is None else torch.empty((tables.grid, 3), dtype=torch.float64, device=bucket.device)
+            arguments = (segments, tables.blocks, tables.unread(update) if factors is None else factors, numbers, sums)
             _run(update_bucket, tables.grid, arguments, constants, warps, known)
+            if sums is not None:
+                update.sums.add_(sums.sum(dim=0))
 
     return launch
 
 
 def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int = 0, known: Any = None) -> None:
-    """Launch a kernel. Arguments are tensors, or tuples of tensors or floats; the first is a tensor. warps: 0 for the default.
+    """Launch a kernel. Arguments are tensors, tuples of tensors or floats, or None; the first is a tensor. warps: 0 for the default.
 
     known: a list that keeps the compiled kernel for the next launch of the same constants and kinds of arguments.
     """

@@ -34,6 +34,7 @@ class Spec(NamedTuple):
     gradient: torch.dtype
     planes: tuple[tuple[torch.dtype, int], ...] = ()
     """Of each slot its dtype, and how many elements share a value. Empty: the compute dtype, 1."""
+    measured: Callable[..., Any] | None = None
 
     @property
     def compute(self) -> torch.dtype:
@@ -47,6 +48,7 @@ class Spec(NamedTuple):
         return {
             "RULE": wrap(self.rule),
             "PREPARE": wrap(self.prepare),
+            "MEASURED": self.measured and wrap(self.measured),
             "SCALARS": launch.Build(self.scalars) if interpret or self.compute == torch.float64 else None,
             "STRIDE": 0,
             "VARIABLE": launch.TRITON_DTYPE[self.variable],
@@ -60,7 +62,7 @@ class Spec(NamedTuple):
         """The types of its other arguments."""
         name, pointer = TRITON_NAME[self.compute], "*" if self.compute == torch.float64 else ""
         scalars = self.scalars(*[pointer + name] * len(self.scalars._fields))  # type: ignore[attr-defined]
-        return {"segments": "*i64", "blocks": "*i32", "factors": f"*{name}", "s": scalars}
+        return {"segments": "*i64", "blocks": "*i32", "factors": f"*{name}", "s": scalars, "sums": "*fp64"}
 
 
 class Code(NamedTuple):
@@ -74,9 +76,9 @@ class Code(NamedTuple):
     shared: int  # bytes per program
 
 
-def default(variable: torch.dtype, warp: int) -> Config:
+def default(variable: torch.dtype, warp: int, planes: tuple[tuple[torch.dtype, int], ...] = ()) -> Config:
     """The configuration of a launch that was not tuned. warp: threads per warp."""
-    return Config(launch.block_size(variable), launch.THREADS // warp)
+    return Config(launch.block_size(variable, planes), launch.THREADS // warp)
 
 
 def hash_of(rule: Callable[..., Any]) -> str:
@@ -99,8 +101,8 @@ def why_not(target: str | None = None) -> str | None:
 
 def build(spec: Spec, target: str, config: Config | None = None) -> Code:
     """Compile a kernel for a target, in its default configuration or another."""
-    block, warps = config or default(spec.variable, TARGETS[target].warp_size)
-    constants = spec.constants(block)
+    block, warps = config or default(spec.variable, TARGETS[target].warp_size, spec.planes)
+    constants = spec.constants(block) | ({} if spec.measured else {"sums": None})
     aligned = [["tt.divisibility", 16]]
     pointers: dict[Any, Any] = {(i,): aligned for i in range(3)}
     source = ASTSource(update_bucket, spec.signature() | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=pointers)

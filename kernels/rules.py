@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from fused_kopt.kernels import op
+from fused_kopt.kernels import op, update
 from fused_kopt.kernels.rebind import is_torch_op, rebind
 
 
@@ -43,6 +43,9 @@ def _interpreted_largest(x: Any, at: Any) -> Any:
     values = x.handle.data if at[1] is None else np.where(at[1].handle.data, x.handle.data, 0)
     found = values.reshape(-1, op.GROUP.value).max(axis=1)
     return tl.core.tensor(interpreter.TensorHandle(found, x.dtype), tl.block_type(x.dtype, list(found.shape)))
+def _interpreted_total(x: Any) -> Any:
+    """`update.total` for the interpreter: `tl.sum` is a kernel function, which only a compiled kernel may call."""
+    return tl.core.tensor(interpreter.TensorHandle(np.sum(x.handle.data, keepdims=True), x.dtype), x.dtype)
 
 
 @functools.cache
@@ -52,8 +55,8 @@ def interpreted(function: types.FunctionType) -> Any:
     TRITON_INTERPRET chooses for the whole process, when a kernel is decorated; unwrapping the decorated functions lets
     one process interpret and compile the same text. Kernel text uses language builtins only, so that this is complete.
     """
-    if function in (op.pow.fn, op.largest.fn):
-        return _interpreted_pow if function is op.pow.fn else _interpreted_largest
+    if function in (op.pow.fn, op.largest.fn, update.total.fn):
+        return {op.pow.fn: _interpreted_pow, op.largest.fn: _interpreted_largest}.get(function, _interpreted_total)
 
     def replace(value: Any) -> Any:
         if is_torch_op(value):

@@ -27,9 +27,26 @@ def encode(x, STORED: tl.constexpr):
 
 
 @triton.jit
+def total(x):
+    """The sum of a block."""
+    return tl.sum(x)
+
+
+@triton.jit
+def store_squares(values, mask, sums):
+    """Store the sum of the squares of each of three blocks, in this program's row of sums, float64[grid, 3]."""
+    row = sums + 3 * tl.program_id(0).to(tl.int64)
+    for i in tl.static_range(3):
+        x = values[i]
+        if mask is not None:
+            x = tl.where(mask, x, 0.0)
+        tl.store(row + i, total(x * x))
+
+
+@triton.jit
 def update_block(
-    variable, gradient, slots, s, factors, at, masks,
-    RULE: tl.constexpr, PREPARE: tl.constexpr, VARIABLE: tl.constexpr, GRADIENT: tl.constexpr,
+    variable, gradient, slots, s, factors, sums, at, masks,
+    RULE: tl.constexpr, PREPARE: tl.constexpr, MEASURED: tl.constexpr, VARIABLE: tl.constexpr, GRADIENT: tl.constexpr,
     STORED: tl.constexpr, GROUPS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Load, compute, store BLOCK elements. Pointers are at the block's first element; `slots` holds a position where GROUPS is 0.
@@ -48,20 +65,24 @@ def update_block(
             values += (tl.load(slots[i] + groups, mask=few),)
         else:
             values += (decode(tl.load(slots[i] + lanes, mask=mask), STORED[i], COMPUTE),)
-    p, values = RULE(p, PREPARE(g, factors), values, s)
-    tl.store(variable + lanes, encode(p, VARIABLE), mask=mask)
+    new, values = RULE(p, PREPARE(g, factors), values, s)
+    stored = encode(new, VARIABLE)
+    tl.store(variable + lanes, stored, mask=mask)
     first: tl.constexpr = len(slots) - len(values)
     for i in tl.static_range(len(values)):
         if GROUPS[first + i] > 1:
             tl.store(slots[first + i] + groups, values[i], mask=few)
         else:
             tl.store(slots[first + i] + lanes, encode(values[i], STORED[first + i]), mask=mask)
+    if MEASURED is not None:
+        after = decode(stored, VARIABLE, COMPUTE).to(tl.float64)
+        store_squares((MEASURED(g, factors).to(tl.float64), after - p.to(tl.float64), after), mask, sums)
 
 
 @triton.jit
 def update_bucket(
-    segments, blocks, factors, s,
-    RULE: tl.constexpr, PREPARE: tl.constexpr, SCALARS: tl.constexpr, STRIDE: tl.constexpr,
+    segments, blocks, factors, s, sums,
+    RULE: tl.constexpr, PREPARE: tl.constexpr, MEASURED: tl.constexpr, SCALARS: tl.constexpr, STRIDE: tl.constexpr,
     VARIABLE: tl.constexpr, GRADIENT: tl.constexpr,
     STORED: tl.constexpr, GROUPS: tl.constexpr, GROUPED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +91,9 @@ def update_bucket(
     segments: int64[n, 3 + slots] = addresses of variable and gradient, numel (0: absent in this step), addresses of the slots.
     blocks: int32[grid, 2] = segment, block of it. factors: COMPUTE[n, 5], what PREPARE does to the gradient.
     s: the scalars, as floats, or where SCALARS builds them as pointers to those of segment 0; those of the next one lie
-    STRIDE elements on. STORED, GROUPS: of each slot its dtype, and how many elements share a value (0: a position, not an address); GROUPED: whether any do.
+    STRIDE elements on. STORED, GROUPS: of each slot its dtype, and how many elements share a value (0: a position, not an address);
+    GROUPED: whether any do. sums: None, or float64[grid, 3] for the squares of the gradients as MEASURED gives them, of the steps,
+    and of the new variables.
     """
     SLOTS: tl.constexpr = len(STORED)
     block = blocks + 2 * tl.program_id(0).to(tl.int64)
@@ -108,9 +131,11 @@ def update_bucket(
             if GROUPS[i] == 0:
                 views += ((addresses[i] + start).to(tl.int32),)
             else:
-                views += (tl.multiple_of(addresses[i].to(tl.pointer_type(tl.uint16 if STORED[i] == tl.bfloat16 else STORED[i])), 16) + start // GROUPS[i],)
-        update_block(v, g, views, scalars, f, (lanes, groups), (None, None), RULE, PREPARE, VARIABLE, GRADIENT, STORED, GROUPS, COMPUTE)
-    elif (left > 0) | GROUPED:  # ptxas keeps fewer registers with the test in kernels without groups, and without it in the others
+                aligned = tl.multiple_of(addresses[i].to(tl.pointer_type(tl.uint16 if STORED[i] == tl.bfloat16 else STORED[i])), 16)
+                views += (aligned + start // GROUPS[i],)
+        at, masks = (lanes, groups), (None, None)
+        update_block(v, g, views, scalars, f, sums, at, masks, RULE, PREPARE, MEASURED, VARIABLE, GRADIENT, STORED, GROUPS, COMPUTE)
+    elif (left > 0) | GROUPED | (MEASURED is not None):  # the test saves registers, except in kernels with groups; sums need zeros
         v = variable.to(V) + start
         g = gradient.to(G) + start
         views = ()
@@ -118,9 +143,10 @@ def update_bucket(
             if GROUPS[i] == 0:
                 views += ((addresses[i] + start).to(tl.int32),)
             else:
-                views += (addresses[i].to(tl.pointer_type(tl.uint16 if STORED[i] == tl.bfloat16 else STORED[i])) + start // GROUPS[i],)
-        masks = (lanes < left, groups * GROUP < left)
-        update_block(v, g, views, scalars, f, (lanes, groups), masks, RULE, PREPARE, VARIABLE, GRADIENT, STORED, GROUPS, COMPUTE)
+                near = addresses[i].to(tl.pointer_type(tl.uint16 if STORED[i] == tl.bfloat16 else STORED[i]))
+                views += (near + start // GROUPS[i],)
+        at, masks = (lanes, groups), (lanes < left, groups * GROUP < left)
+        update_block(v, g, views, scalars, f, sums, at, masks, RULE, PREPARE, MEASURED, VARIABLE, GRADIENT, STORED, GROUPS, COMPUTE)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ KEYWORDS = {"__init__", "_config", "check_not_negative"}
 OPTIMIZERS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", "registry", "rmsprop", "sgd")
 # From the bottom: a module imports from layers below its own, never upward, never sideways.
 LAYERS = (
-    ("aggregate", "errors", "layout", "op", "optimizers.schedules", "slots", "tape", "tensors"),
+    ("aggregate", "errors", "layout", "op", "optimizers.schedules", "recording", "slots", "tape", "tensors"),
     ("buffers", "prepare"),
     ("execute", "state"),
     ("gradients", "hyperparameters", "norms"),
@@ -67,7 +67,7 @@ LAYERS = (
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 KERNEL_LAYERS = (
-    ("cpp_build", "cpp_op", "machine_code", "op", "rebind", "tuning", "update"),
+    ("cpp_build", "cpp_op", "cpp_text", "machine_code", "op", "rebind", "tuning", "update"),
     ("cpp", "norms", "rules"),
     ("cpp_launch", "launch"),
     ("offline",),
