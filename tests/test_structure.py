@@ -34,8 +34,8 @@ LAYERS = (
     ("execute", "state"),
     ("gradients", "hyperparameters", "norms"),
     ("flat", "options", "verification"),
-    ("clipping",),
-    ("description", "updates"),
+    ("clipping", "codecs"),
+    ("description", "precision", "updates"),
     ("repeat",),
     ("repeats", "replays"),
     ("borrowed", "contract"),
@@ -67,8 +67,9 @@ LAYERS = (
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 KERNEL_LAYERS = (
-    ("cpp_build", "cpp_op", "cpp_text", "machine_code", "op", "rebind", "tuning", "update"),
-    ("cpp", "norms", "rules"),
+    ("cpp_build", "cpp_op", "cpp_text", "machine_code", "op", "rebind", "tuning"),
+    ("cpp", "update"),
+    ("norms", "rules"),
     ("cpp_launch", "launch"),
     ("offline",),
     ("scratch",),
