@@ -80,7 +80,9 @@ def test_a_float32_master_is_exact_and_follows_the_variable() -> None:
     p, (kept,) = rule(torch.tensor([2.0]), torch.tensor([3.0]), (torch.zeros(1), torch.tensor([1.001])), None)
     assert (p.item(), kept.item()) == (3.0, 3.0)
     found = precision._Seen(torch.zeros(()))
-    options.around(codecs.master_float32, precision._see)(torch.tensor([2.0]), torch.zeros(1), (torch.zeros(1), torch.tensor([1.001])), found)
+    options.around(codecs.master_float32, precision._see)(
+        torch.tensor([2.0]), torch.zeros(1), (torch.zeros(1), torch.tensor([1.001])), found
+    )
     assert found.values[0].item() == 2.0  # somebody wrote 2.0 into the variable, whose master was 1.001
 
 
@@ -96,11 +98,10 @@ def test_what_is_not_a_number_stays_none(master: str) -> None:
 
 def packed(values: Tensor, stored: str, positive: bool = False, rounding: Any = codecs.half) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and what is read back, after a slot took `values`."""
-    plain, never_negative, _, _ = precision.EIGHT[stored]
-    codec = never_negative if positive else plain
+    codec = precision.EIGHT[stored][0][positive]
 
     def fill(p, g, slots, s):  # type: ignore[no-untyped-def]
-        return p, slots[1:-1] + (g,)
+        return p, (*slots[1:-1], g)
 
     zero = torch.zeros_like(values)
     position, code = torch.arange(values.numel(), dtype=torch.int32), torch.zeros_like(values, dtype=torch.int32)
@@ -237,7 +238,7 @@ def test_get() -> None:
         assert precision.get(precision.serialize(policy)) == policy
     with pytest.raises(ValueError, match="`precision` must be one of float32, bf16_master"):
         precision.get("bf16")
-    with pytest.raises(TypeError, match="must be a name or a Precision. Received: int"):
+    with pytest.raises(TypeError, match=r"must be a name or a Precision\. Received: int"):
         precision.get(16)  # type: ignore[arg-type]
 
 
