@@ -45,10 +45,10 @@ class Momenta(NamedTuple):
 
 
 def momenta(step: Step, beta_1: Any, decay: float, cache: Any) -> Momenta:
-    """A step's momenta. cache: the product before it; a number or a 0-d tensor."""
+    """A step's momenta. cache: the product before it, in the step's dtype."""
     beta_1, base, decay = step.number(beta_1), step.number(0.96), step.exact(decay)
     now, following = (beta_1 * (1 - step.exact(0.5) * step.power(base, decay * (step.t + i))) for i in (0, 1))
-    return Momenta(now, following, step.number(cache) * now)
+    return Momenta(now, following, cache * now)
 
 
 def derive(step: Step, rate: Any, betas: tuple[Any, Any], epsilon: float, momenta: Momenta) -> Scalars:
@@ -137,7 +137,7 @@ class Nadam(Optimizer):
         rate = self.learning_rate
         _refuse_schedule(rate)
         beta_1 = self.beta_1
-        found = momenta(step, beta_1, self._initial_decay, 1.0 if self._cache is None else self._cache)
+        found = momenta(step, beta_1, self._initial_decay, step.number(1.0 if self._cache is None else self._cache))
         step.cache = found.cache
         return derive(step, step.learning_rate(rate, 0.0), (beta_1, self.beta_2), self.epsilon, found)
 
