@@ -15,10 +15,14 @@ State = dict[str, Any]
 
 
 class Counters:
-    """The 0-d CPU tensors of all states, such as `step`, as views of one array: counting 5,000 one by one takes 8 ms."""
+    """The 0-d CPU tensors of all states, such as `step`, as views of one array: counting 5,000 one by one takes 8 ms.
 
-    def __init__(self, states: Sequence[State], kinds: Mapping[str, tuple[torch.dtype, float]]) -> None:
-        self.states = list(states)
+    Nothing else of the states is kept alive: whoever replaces one frees its memory.
+    """
+
+    def __init__(self, owners: Mapping[Tensor, State], kinds: Mapping[str, tuple[torch.dtype, float]]) -> None:
+        self.params, states = list(owners), list(owners.values())
+        self._ids = list(map(id, states))
         self.values: dict[str, Any] = {}
         self._views: dict[str, list[Tensor]] = {}
         for name, (dtype, initial) in kinds.items():
@@ -27,9 +31,10 @@ class Counters:
             for state, view in zip(states, self._views[name], strict=True):
                 state[name] = view
 
-    def of(self, states: Sequence[State]) -> bool:
+    def of(self, owners: Mapping[Tensor, State]) -> bool:
         """Whether these are the states, with the counters in their places: whoever loads or moves a state replaces them."""
-        if len(states) != len(self.states) or not all(map(is_, states, self.states)):
+        states = list(owners.values())
+        if list(map(id, states)) != self._ids or not all(map(is_, owners, self.params)):
             return False
         return all(all(map(is_, [state.get(name) for state in states], views)) for name, views in self._views.items())
 
@@ -69,12 +74,11 @@ class Sighting(NamedTuple):
 
 
 class Members:
-    """The parameters that have gradients, their states, and the parts that the rules make of them."""
+    """The parameters that have gradients, and the parts that the rules make of them."""
 
-    def __init__(self, seen: Sighting, names: list[str], owners: Mapping[Tensor, State]) -> None:
+    def __init__(self, seen: Sighting, names: list[str]) -> None:
         self.seen, self.names = seen, names
         self.params = present(seen.params, seen.absent)
-        self.states = [owners[param] for param in self.params]
         self.sharded = any(map(is_sharded, self.params))
         self.wide = np.array([param.dtype == torch.float64 for param in self.params])
         groups = np.array(present([i for i, size in enumerate(seen.sizes) for _ in range(size)], seen.absent))
@@ -83,10 +87,10 @@ class Members:
         self._places: Any = None
 
     def places(self, counters: Counters) -> Any:
-        """int64, where the members' counters lie."""
+        """int64, where the members' states and counters lie among all."""
         if counters is not self._counters:
-            places = {id(state): i for i, state in enumerate(counters.states)}
-            self._counters, self._places = counters, np.array([places[id(state)] for state in self.states])
+            places = {id(param): i for i, param in enumerate(counters.params)}
+            self._counters, self._places = counters, np.array([places[id(param)] for param in self.params])
         return self._places
 
 

@@ -125,16 +125,13 @@ class Optimizer(Contract):
 
     def _members(self, seen: Sighting, grads: Sequence[Tensor]) -> Members | None:
         """Who takes part, with states; None where this is the dummy step that only makes them."""
-        states = list(self.state.values())
-        if self._counters is None or not self._counters.of(states):
+        if self._counters is None or not self._counters.of(self.state):
             self._known, self._counters = [], None
         found = next((known for known in self._known if known.seen.same(seen)), None)
         if found is None:
-            dummy = not states and self._dummy(grads)
-            names = members.present(self._names(), seen.absent)
-            self._make_states(seen, names, grads)
-            self._counters = Counters(list(self.state.values()), self.counters)
-            found = Members(seen, names, self.state)
+            dummy = not self.state and self._dummy(grads)
+            found = Members(seen, members.present(self._names(), seen.absent))
+            self._make_states(found, grads)
             self._known = [found, *self._known[: KEPT - 1]]
             if dummy:
                 return None
@@ -145,22 +142,23 @@ class Optimizer(Contract):
         still = all(float(group["lr"]) == 0 for group in self.param_groups)
         return still and not any(bool(grad.any()) for grad in members.local(grads))
 
-    def _make_states(self, seen: Sighting, names: list[str], grads: Sequence[Tensor]) -> None:
+    def _make_states(self, found: Members, grads: Sequence[Tensor]) -> None:
         """Create what the states of the parameters with gradients lack, after a look at the gradients."""
-        groups = [group for group in self.param_groups for _ in group["params"]]
-        params = members.present(seen.params, seen.absent)
+        groups = members.present([group for group in self.param_groups for _ in group["params"]], found.seen.absent)
         lacking = []
-        for param, group in zip(params, members.present(groups, seen.absent), strict=True):
+        for param, group in zip(found.params, groups, strict=True):
             state = self.state.get(param)
             new = {name: value for name, value in self.slots(group).items() if state is None or name not in state}
             if new or state is None:
                 lacking.append((param, new))
         if lacking:
-            borrowed.check(list(zip(members.local(grads), members.local(params), strict=True)), names)
+            borrowed.check(list(zip(members.local(grads), members.local(found.params), strict=True)), found.names)
         for param, new in lacking:
             for name, value in new.items():
                 self.state[param][name] = torch.full_like(param, value, dtype=layout.compute_dtype(param.dtype), requires_grad=False)
             self.state[param]  # a defaultdict: rules without slots count, too
+        if lacking or self._counters is None:
+            self._counters = Counters(self.state, self.counters)
 
     def _names(self) -> list[str]:
         return [arguments.name(group, i, k) for i, group in enumerate(self.param_groups) for k in range(len(group["params"]))]
@@ -176,11 +174,11 @@ class Optimizer(Contract):
 
     def _task(self, part: Part, found: Members, decaying: bool) -> tuple[Task, Borrowed, Rows]:
         assert self._counters is not None
-        places = part.select(found.places(self._counters))
+        places, states = part.select(found.places(self._counters)), list(self.state.values())
         numbers = Rows(self, part, {name: values[places] for name, values in self._counters.values.items()}, decaying)
         groups = [self.param_groups[i] for i in part.groups]
-        states, variables = part.select(found.states), part.select(found.params)
-        columns = [[state[name] for state in states] for name in self.slots(groups[0])]
+        mine, variables = [states[i] for i in places.tolist()], part.select(found.params)
+        columns = [[state[name] for state in mine] for name in self.slots(groups[0])]
         if found.sharded:
             variables, columns = members.local(variables), [members.local(column) for column in columns]
         given = Borrowed(variables, (), columns, part.select(found.names), numbers.which)
