@@ -50,6 +50,8 @@ class Task(NamedTuple):
     """What happens to gradients before the rule."""
     exact: bool = True
     """Whether executors owe each other equal bits."""
+    sums: Sums | None = None
+    """From `Recorder.start`, where the step is measured. Several tasks of a step may share it."""
 
 
 def check(pairs: Pairs, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:

@@ -11,6 +11,7 @@ from fused_kopt.keras.adamax import Adamax
 from fused_kopt.keras.ftrl import Ftrl
 from fused_kopt.keras.fusing import fuse
 from fused_kopt.keras.lion import Lion
+from fused_kopt.keras.logger import StatsLogger
 from fused_kopt.keras.loss_scale import LossScaleOptimizer
 from fused_kopt.keras.nadam import Nadam
 from fused_kopt.keras.rmsprop import RMSprop
@@ -28,5 +29,6 @@ __all__ = [
     "LossScaleOptimizer",
     "Nadam",
     "RMSprop",
+    "StatsLogger",
     "fuse",
 ]

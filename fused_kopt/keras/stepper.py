@@ -18,6 +18,7 @@ from fused_kopt.keras import plan as plans
 from fused_kopt.keras.declaration import Declaration, Step, divide
 from fused_kopt.keras.host import Host, in_stateless_scope
 from fused_kopt.keras.plan import Averages, Plan, values
+from fused_kopt.recording import Recorder
 
 LAST = 2**31 - 1  # Keras counts steps in int32
 KEPT = 8  # plans: the whole model, and subsets that come again
@@ -51,7 +52,7 @@ class Stepper:
 
     def __init__(self, optimizer: Any, declaration: Declaration, stock: Callable[[Any, Any], None]) -> None:
         self.optimizer, self.declaration, self._stock = optimizer, declaration, stock
-        self._host = Host()
+        self._host, self.recorder = Host(), Recorder()
         self._updates, self._accumulation, self._averaging = Borrower(), Borrower(), Borrower()
         self._plans: dict[Any, Plan] = {}
         self._overwrites: bool | None = None  # whether any variable takes its gradient as its value (fp8 scales)
@@ -115,6 +116,7 @@ class Stepper:
         executor: Executor = getattr(self.optimizer, "executor", "auto")
         if executor not in EXECUTORS:
             raise ValueError(f"`executor` must be one of {EXECUTORS}. Received: executor={executor!r}.")
+        self.recorder.every = getattr(self.optimizer, "stats_every", 0)
         for borrower in (self._updates, self._accumulation, self._averaging):
             borrower.executor = executor
 
@@ -184,7 +186,10 @@ class Stepper:
         kind = options.extended(type(scalars), *names) if names else type(scalars)
         numbers = [kind(*scalars, *row) for row in rows]
         given = Borrowed(values(plan.variables), grads, [values(column) for column in plan.slots], plan.names, plan.which)
-        self._updates.step(rule, given, _constant(*numbers), clips, declaration.exact(optimizer))
+        sums = self.recorder.start(step.t)
+        self._updates.step(rule, given, _constant(*numbers), clips, declaration.exact(optimizer), sums)
+        if sums is not None:
+            self.recorder.finish(sums, step.rate, self._count() + 1)
         for variable, value in carried:
             self._host.write(variable, value)
 
