@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import fused_kopt
+from fused_kopt import execute
 
 REPLACED: dict[str, tuple[type, type]] = {}  # name: Keras's class, ours
 OUTCOMES: dict[str, tuple[str, int]] = {}  # test: outcome, fused launches
@@ -26,9 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
     assert keras.backend.backend() == "torch"
     if config.getoption("--classes") == "stock":
         return
+    execute.WORTH_COMPILING = 0  # launches for the smallest steps too
     package: Any = importlib.import_module("fused_kopt.keras")
     ours = {name: value for name, value in vars(package).items() if isinstance(value, type) and hasattr(keras.optimizers, name)}
     REPLACED.update({name: (getattr(keras.optimizers, name), value) for name, value in ours.items()})
+    # Keras's own looks a class up by these names, and would make one of its backend's in place of ours
+    base: Any = next(cls for cls in keras.optimizers.Optimizer.__mro__ if "__new__" in vars(cls))
+    base.__new__ = staticmethod(lambda cls, *_, **__: super(base, cls).__new__(cls))
     spaces = [vars(module) for name, module in sys.modules.items() if name.partition(".")[0] == "keras"]
     tables = [value for space in spaces for value in space.values() if isinstance(value, dict)]  # such as class by lower-case name
     for space in (*spaces, *tables):
