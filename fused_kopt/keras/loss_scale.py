@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_kopt.keras.fused import registered, stepper
 from fused_kopt.keras.host import Host
+from fused_kopt.keras.plan import tensors_of
 from fused_kopt.keras.state import Stateful
 
 LARGEST = 2.0**127  # of float32's powers of two
@@ -41,11 +42,11 @@ class LossScaleOptimizer(Stateful, keras.optimizers.LossScaleOptimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check_finite(self, grads: Sequence[Any]) -> Tensor:
         """Whether all elements of all gradients are finite: 0-d bool."""
-        tensors = [keras.ops.convert_to_tensor(g).detach() for g in grads if g is not None]
-        tensors = [tensor for tensor in tensors if tensor.numel()]
+        tensors = [tensor for tensor in tensors_of([g for g in grads if g is not None]) if tensor.numel()]
         if not tensors:
             return torch.tensor(True)
-        largest = torch._foreach_norm(tensors, float("inf"))
+        with torch.no_grad():
+            largest = torch._foreach_norm(tensors, float("inf"))
         return torch.stack([norm.to(largest[0]) for norm in largest]).isfinite().all()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +17,13 @@ PLAIN = {Tensor, torch.nn.Parameter}
 def values(variables: Iterable[Any]) -> list[Tensor]:
     """The tensors of Keras variables: those that train, not what an autocast scope would show."""
     return [variable._value for variable in variables]
+
+
+def tensors_of(grads: Sequence[Any]) -> list[Tensor]:
+    """Gradients as tensors: Keras takes arrays and Keras variables too."""
+    if PLAIN.issuperset(map(type, grads)):
+        return list(grads)
+    return [keras.ops.convert_to_tensor(g) for g in grads]
 
 
 class Averages(NamedTuple):

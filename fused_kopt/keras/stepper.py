@@ -72,12 +72,11 @@ class Stepper:
             given, present = self.optimizer._overwrite_variables_directly_with_gradients(given, present)
         if given:
             plan = self._plan(present)
-            if not plan.supported or not plans.PLAIN.issuperset(map(type, values(present))):
+            if not plan.supported:
                 return self._apply_stock(grads, variables, unscale)
-            self._step(plan, _tensors(given), self.optimizer.loss_scale_factor if unscale is None else unscale)
-            for variable in present:
-                if variable.constraint is not None:
-                    variable.assign(variable.constraint(variable))
+            self._step(plan, plans.tensors_of(given), self.optimizer.loss_scale_factor if unscale is None else unscale)
+            for variable in [v for v in present if v._constraint is not None]:
+                variable.assign(variable.constraint(variable))
         self._host.write(self.optimizer._iterations, self._count() + 1)
 
     def describe(self, variables: Any = None) -> Description:
@@ -233,12 +232,6 @@ def _present(grads: Sequence[Any], variables: list[Any]) -> tuple[Sequence[Any],
     )
     kept = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
     return [g for g, _ in kept], [v for _, v in kept]
-
-
-def _tensors(grads: Sequence[Any]) -> list[Tensor]:
-    if set(map(type, grads)) <= plans.PLAIN:
-        return list(grads)
-    return [keras.ops.convert_to_tensor(g) for g in grads]
 
 
 def _constant(*rows: Any) -> Callable[[torch.dtype], Sequence[Any]]:
