@@ -17,7 +17,20 @@ pytestmark = pytest.mark.skipif(find_spec("keras") is None, reason="Keras is not
 ROOT = Path(__file__).parent.parent
 FILES = [
     f"{name}_test.py"
-    for name in ("sgd", "rmsprop", "adam", "adamw", "adadelta", "adagrad", "adamax", "nadam", "ftrl", "lion", "loss_scale_optimizer")
+    for name in (
+        "sgd",
+        "rmsprop",
+        "adam",
+        "adamw",
+        "adadelta",
+        "adagrad",
+        "adamax",
+        "nadam",
+        "ftrl",
+        "lamb",
+        "lion",
+        "loss_scale_optimizer",
+    )
 ] + ["optimizer_test.py", "multi_optimizer_test.py"]
 LEAST, LEAST_PER_FILE = 100, 4  # Keras 3.15.1 has 119 and 5
 INTENDED: dict[str, str] = {}  # test: why ours differs on purpose
