@@ -1,5 +1,6 @@
 """Options and markers: `--slow`, `gpu`, `slow`; the command line, the tuning cache."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from terminal import Result, Run
+
+os.environ["KERAS_BACKEND"] = "torch"  # Keras reads it when it is imported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
