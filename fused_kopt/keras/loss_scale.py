@@ -36,7 +36,9 @@ class LossScaleOptimizer(Stateful, keras.optimizers.LossScaleOptimizer):
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Update the variables from scaled gradients, or skip. Raises ValueError where an unbuilt optimizer gets no variables."""
         if not self.built and trainable_variables is None:
-            raise ValueError("The optimizer is not built: pass `trainable_variables`, or call `optimizer.build(trainable_variables)` first.")
+            raise ValueError(
+                "The optimizer is not built: pass `trainable_variables`, or call `optimizer.build(trainable_variables)` first."
+            )
         super().apply(grads, trainable_variables)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

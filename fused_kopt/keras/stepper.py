@@ -84,7 +84,9 @@ class Stepper:
         optimizer = self.optimizer
         chosen = list(optimizer._trainable_variables if variables is None else variables)
         if not chosen:
-            raise ValueError("There is nothing to describe before the optimizer is built. Pass variables: describe(model.trainable_variables).")
+            raise ValueError(
+                "There is nothing to describe before the optimizer is built. Pass variables: describe(model.trainable_variables)."
+            )
         self._executor()
         given = values(v for v in chosen if not optimizer._overwrite_variable_with_gradient(v))
         pairs = gradients.check([(v.detach() if v.grad is None else v.grad, v) for v in given])
@@ -141,7 +143,7 @@ class Stepper:
         count = int(self._host.read(self.optimizer._iterations))
         if count >= LAST:
             raise OverflowError(
-                f"The optimizer {self.optimizer.name!r} has counted {LAST:,} steps, which is where Keras's int32 ends. Nothing was updated. "
+                f"The optimizer {self.optimizer.name!r} has counted {LAST:,} steps: there Keras's int32 ends. Nothing was updated. "
                 "Set a lower count, optimizer.iterations.assign(n): from n = 100,000 on only schedules depend on it."
             )
         return count
