@@ -27,6 +27,8 @@ MANY_PARAMETERS = {"update_block": 7}
 KEYWORDS = {"__init__", "_config", "check_not_negative"}
 
 OPTIMIZERS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", "registry", "rmsprop", "sgd")
+KERAS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", "rmsprop", "sgd")
+KERAS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", "rmsprop", "sgd")
 # From the bottom: a module imports from layers below its own, never upward, never sideways.
 LAYERS = (
     ("aggregate", "errors", "layout", "op", "optimizers.schedules", "slots", "tape", "tensors"),
@@ -43,6 +45,18 @@ LAYERS = (
     ("optimizer",),
     tuple(f"optimizers.{name}" for name in OPTIMIZERS),
     ("optimizers",),
+    ("keras.declaration", "keras.host", "keras.plan"),
+    ("keras.state", "keras.stepper"),
+    ("keras.fused",),
+    ("keras.loss_scale", *(f"keras.{name}" for name in KERAS)),
+    ("keras.fusing",),
+    ("keras",),
+    ("keras.declaration", "keras.host", "keras.plan"),
+    ("keras.state", "keras.stepper"),
+    ("keras.fused",),
+    ("keras.loss_scale", *(f"keras.{name}" for name in KERAS)),
+    ("keras.fusing",),
+    ("keras",),
     ("",),
     ("checkpoint.neutral", "checkpoint.tables"),
     ("checkpoint.meaning", "checkpoint.storage", "checkpoint.torch_words"),
@@ -118,7 +132,7 @@ class Import(NamedTuple):
 @functools.cache
 def sources() -> dict[str, Path]:
     """Module name (without the package's) to file; the link is followed once, as kernels."""
-    folders = ("fused_kopt", "fused_kopt/optimizers", "fused_kopt/checkpoint", "fused_kopt/commands", "kernels")
+    folders = ("fused_kopt", "fused_kopt/optimizers", "fused_kopt/keras", "fused_kopt/keras", "fused_kopt/checkpoint", "fused_kopt/commands", "kernels")
     files = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
     return {re.sub(r"^fused_kopt\.|\.?__init__$", "", ".".join(f.relative_to(ROOT).with_suffix("").parts)): f for f in files}
 
@@ -215,7 +229,7 @@ ALLOWED_IN_RULES = (
 )
 
 
-@pytest.mark.parametrize("module", sorted(m for m in LEVEL if m.startswith("optimizers.")))
+@pytest.mark.parametrize("module", sorted(m for m in LEVEL if m.startswith(("optimizers.", "keras."))))
 def test_rules_are_branch_free(module: str) -> None:
     """A rule, and the functions that rules call, use + - *, tuples, > and `op`; the one literal besides slots[i] is 0.0."""
     for function in tree(module).body:
