@@ -6,18 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-torch_optim = torch.optim
+from fused_kopt import torch_optim
 
-# One of each kind: decoupled decay, one slot, and a scalar beside the slots.
+# One of each kind: decoupled decay, one slot, a product beside the slots, slots that do not start at 0.
 OPTIONS: dict[str, dict[str, Any]] = {
     "AdamW": {"lr": 0.01, "weight_decay": 0.1},
     "SGD": {"lr": 0.05, "momentum": 0.9},
-    "NAdam": {"lr": 0.01},
+    "Nadam": {"lr": 0.01},
+    "Ftrl": {"lr": 0.1},
 }
 
 
-def make(name: str, parameters: Iterable[Any], **options: Any) -> torch.optim.Optimizer:
-    optimizer: torch.optim.Optimizer = getattr(torch_optim, name)(parameters, **{**OPTIONS[name], **options})
+def make(name: str, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = getattr(torch_optim, name)(parameters, **OPTIONS[name])
     return optimizer
 
 
