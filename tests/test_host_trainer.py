@@ -9,6 +9,8 @@ import torch
 from hosts import OPTIONS, assert_equal, leaves, make, torch_optim
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
+from fused_kopt import hf
+
 STEPS = 8
 CONFIG = GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
 ROWS = [torch.arange(start, start + 8) % 32 for start in range(32)]
@@ -62,8 +64,8 @@ def test_training_and_resumption(name: str, dtype: torch.dtype, mixed: bool, tmp
     assert logged(resumed, "loss") == losses
     assert_equal(states(resumed), states(whole))
     assert resumed.optimizer is not None
-    kinds = {value.dtype for value in leaves(resumed.optimizer.state_dict()["state"]).values() if value.is_floating_point()}
-    assert kinds == {torch.float32}  # also of bfloat16 parameters
+    kinds = {value.dtype for value in leaves(resumed.optimizer.state_dict()["state"]).values() if value.dim()}
+    assert kinds == {torch.float32}  # the slots, also of bfloat16 parameters
 
 
 def test_an_optimizer_and_its_schedule(tmp_path: Path) -> None:
@@ -74,3 +76,42 @@ def test_an_optimizer_and_its_schedule(tmp_path: Path) -> None:
     run = trainer(model, arguments(tmp_path), optimizers=(optimizer, schedule))
     run.train()
     assert logged(run, "learning_rate") == [OPTIONS["AdamW"]["lr"] * 0.5**step for step in range(STEPS)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("adamw", {"adam_beta1": 0.8}, {"betas": (0.8, 0.999), "eps": 1e-8}),
+        ("Lion", {"adam_beta2": 0.99}, {"betas": (0.9, 0.99)}),
+        ("nadam", {"optim_args": "eps=1e-7"}, {"betas": (0.9, 0.999), "eps": 1e-7}),
+        (
+            "SGD",
+            {"optim_args": "momentum=0.9, nesterov=True, executor=reference"},
+            {"momentum": 0.9, "nesterov": True, "executor": "reference"},
+        ),
+        ("ftrl", {}, {}),
+    ],
+)
+def test_training_arguments_become_ours(name: str, options: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
+    args = arguments(tmp_path, learning_rate=0.02, **options)
+    cls, found = hf.optimizer_cls_and_kwargs(name, args)
+    assert cls.__name__.lower() == name.lower()
+    assert found == {"lr": 0.02, **expected}
+    run = trainer(network(), args, optimizer_cls_and_kwargs=(cls, found))
+    run.train()
+    assert type(run.optimizer.optimizer) is cls
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.1, 0.0]
+    assert logged(run, "learning_rate")[0] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("adafactor", None, "`name` must be one of sgd, adadelta"),
+        ("sgd", "momentum", "`optim_args` must be name=value pairs.*'momentum'"),
+        ("sgd", "momentum=", "'momentum='"),
+    ],
+)
+def test_refusals(name: str, text: str | None, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf.optimizer_cls_and_kwargs(name, arguments(tmp_path, optim_args=text))
