@@ -212,6 +212,16 @@ def dcp_full_and_broadcast(name: str) -> None:
     resumed(name, move)
 
 
+@checks(*OPTIONS)
+def dcp_makes_state_without_a_step(name: str) -> None:
+    """DCP calls `step` with lr 0 and gradients 0 to make the state that it saves."""
+    model = sharded()
+    optimizer = make(name, model.named_parameters())
+    assert len(get_optimizer_state_dict(model, optimizer)["state"]) == 4
+    train(model, optimizer, batches())
+    compare(name, model, optimizer)
+
+
 @checks("AdamW")
 def tensor_parallel(name: str) -> None:
     """Columns of one layer on each rank, the rest replicated, beside DTensors of another placement."""

@@ -17,8 +17,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(name: str, parameters: Iterable[Any]) -> torch.optim.Optimizer:
-    optimizer: torch.optim.Optimizer = getattr(torch_optim, name)(parameters, **OPTIONS[name])
+def make(name: str, parameters: Iterable[Any], **options: Any) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = getattr(torch_optim, name)(parameters, **OPTIONS[name], **options)
     return optimizer
 
 

@@ -138,6 +138,20 @@ def test_state_that_a_host_replaces_is_the_state(name: str) -> None:
     assert_equal((model.state_dict(), optimizer.state_dict()), by_hand(name, epochs=2))
 
 
+class Fused(Module):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return make(self.name, self.net.parameters(), amp="fused", global_clipnorm=LIMIT)
+
+
+def test_unscaling_in_the_launch_excludes_lightnings_clipping(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        trainer(tmp_path, precision="bf16-mixed", gradient_clip_val=LIMIT).fit(Fused("AdamW"), data())
+    run = trainer(tmp_path, precision="bf16-mixed")
+    run.fit(Fused("AdamW"), data())
+    for found, expected in zip(leaves(states(run)[0]).values(), leaves(by_hand("AdamW", "bf16-mixed", "norm")[0]).values(), strict=True):
+        torch.testing.assert_close(found, expected)  # torch sums the norm's squares in another order
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPTIONS)
 def test_teardown_and_setup_on_a_gpu(name: str, tmp_path: Path) -> None:
