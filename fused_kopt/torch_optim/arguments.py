@@ -77,7 +77,9 @@ def split(cls: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     """Keras's words for group keys, and our own options, among a constructor's keywords. Raises TypeError or ValueError."""
     unknown = sorted(set(options) - set(Options.__annotations__))
     if unknown:
-        raise TypeError(f"{cls} got an unexpected keyword argument {unknown[0]!r}. Allowed besides its own: {', '.join(Options.__annotations__)}.")
+        raise TypeError(
+            f"{cls} got an unexpected keyword argument {unknown[0]!r}. Allowed besides its own: {', '.join(Options.__annotations__)}."
+        )
     refuse(cls, options)
     own = {name: options.get(name, value) for name, value in OWN.items()}
     for name in ("clipvalue", "clipnorm", "global_clipnorm"):

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from fused_kopt.borrowed import Borrower
 from fused_kopt.execute import EXECUTORS, Executor, Rule
 from fused_kopt.hyperparameters import Step
 from fused_kopt.torch_optim import arguments, loading

@@ -81,5 +81,3 @@ def _slot(value: Any, param: Tensor, name: str, what: str, owner: Loader) -> Ten
         return value
     with torch.no_grad():
         return torch.empty_like(param, dtype=layout.compute_dtype(param.dtype), requires_grad=False).copy_(value)
-
-

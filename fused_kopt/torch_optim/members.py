@@ -118,4 +118,3 @@ def placed(gradients: Sequence[Any], params: Sequence[Any]) -> list[Any]:
         g.redistribute(placements=p.placements) if is_sharded(g) and is_sharded(p) and g.placements != p.placements else g
         for g, p in zip(gradients, params, strict=True)
     ]
-

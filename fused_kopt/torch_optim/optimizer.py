@@ -58,11 +58,34 @@ class Optimizer(Contract):
         normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
         with self._lock, normal, torch.no_grad():
             if capturing():
-                raise RuntimeError("A step in a CUDA graph would replay this step's scalars for ever. See fused_kopt.Adam.prepare_replays().")
+                raise RuntimeError(
+                    "A step in a CUDA graph would replay this step's scalars for ever. See prepare_replays() of fused_kopt.Adam."
+                )
             scale = self._unscaling()
             if scale is not None:
                 self._take(scale)
         return loss
+
+    def describe(self) -> Description:
+        """What a step on all trainable parameters does and costs: executors and why, launches, bytes. `print()` it.
+
+        A parameter without `.grad` counts as if it had a dense one. Launches nothing and changes nothing. Raises what `step` raises.
+        """
+        with self._lock:
+            parts: dict[Any, list[tuple[Tensor, Tensor, str]]] = {}
+            slots: dict[Any, tuple[str, ...]] = {}
+            for index, (group, rule) in enumerate(zip(self.param_groups, rows.rules(self)[0], strict=True)):
+                slots[rule] = tuple(self.slots(group))
+                for position, param in enumerate(group["params"]):
+                    if param.requires_grad or param.grad is not None:
+                        pair = members.local([param.detach() if param.grad is None else param.grad, param])
+                        parts.setdefault(rule, []).append((*pair, arguments.name(group, index, position)))  # type: ignore[arg-type]
+            clips = Clips(1.0, self.clipvalue, self.clipnorm, self.global_clipnorm)
+            found = []
+            for rule, mine in parts.items():
+                pairs = gradients.check([(g, p) for g, p, _ in mine], [name for _, _, name in mine])
+                found.append(description.describe(type(self).__name__, pairs, slots[rule], self.executor, clips, alignment=1))
+            return description.joined(found)
 
     def _unscaling(self) -> float | None:
         """What gradients are multiplied by; None where a GradScaler found them infinite."""
