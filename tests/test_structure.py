@@ -50,6 +50,7 @@ LAYERS = (
     ("torch_optim.optimizer",),
     tuple(f"torch_optim.{name}" for name in OPTIMIZERS if name != "registry"),
     ("torch_optim",),
+    ("hf",),
     ("checkpoint.neutral", "checkpoint.tables"),
     ("checkpoint.meaning", "checkpoint.storage", "checkpoint.torch_words"),
     ("checkpoint.snapshot",),
