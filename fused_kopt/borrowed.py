@@ -51,6 +51,15 @@ class Task(NamedTuple):
     """Whether executors owe each other equal bits."""
 
 
+def check(pairs: Pairs, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """`gradients.check`, and TypeError for sparse gradients: `pairs` of gradients and variables as every step here needs them."""
+    checked = gradients.check(pairs, names)
+    for (gradient, _), name in zip(checked, names, strict=True):
+        if gradient.layout != torch.strided:
+            raise TypeError(f"The gradient of {name} is sparse; dense ones are supported here. Use Embedding(sparse=False).")
+    return checked
+
+
 class Borrower:
     """Takes steps on tensors that are looked at anew in every step: whoever owns them may replace or move them in between.
 
@@ -102,7 +111,7 @@ class Borrower:
 
     def _anew(self, task: Task, given: Borrowed, slots: list[Tensor]) -> Callable[[], None]:
         names = given.names or [gradients.name(variable, i) for i, variable in enumerate(given.variables)]
-        pairs = gradients.check(list(zip(given.gradients, given.variables, strict=True)), names)
+        pairs = check(list(zip(given.gradients, given.variables, strict=True)), names)
         _check_slots(pairs, given.slots, names)
         executors = {}
         for device in dict.fromkeys(variable.device for _, variable in pairs):
@@ -168,9 +177,6 @@ def _numbers(distinct: Sequence[Any], given: Borrowed, members: Any) -> Scalars:
 
 def _check_slots(pairs: Pairs, slots: Sequence[Sequence[Tensor]], names: Sequence[str]) -> None:
     """Raises TypeError or ValueError for gradients and slots that one launch cannot serve."""
-    for (gradient, _), name in zip(pairs, names, strict=True):
-        if gradient.layout != torch.strided:
-            raise TypeError(f"The gradient of {name} is sparse; dense ones are supported here. Use Embedding(sparse=False).")
     for column in slots:
         if len(column) != len(pairs):
             raise ValueError(f"There are {len(column)} slots of a kind for {len(pairs)} variables; each variable needs one.")

@@ -23,7 +23,7 @@ class Case(NamedTuple):
 CASES = {
     "sgd": Case("SGD", {}, ("SGD", {})),
     "momentum": Case("SGD", {"momentum": 0.9}, ("SGD", {"momentum": 0.9})),
-    "nesterov": Case("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}, ("SGD", {"learning_rate": 0.1, "momentum": 0.9, "nesterov": True})),
+    "nesterov": Case("SGD", {"momentum": 0.9, "nesterov": True}, ("SGD", {"momentum": 0.9, "nesterov": True})),
     "rmsprop": Case("RMSprop", {"alpha": 0.8}, ("RMSprop", {"rho": 0.8})),
     "rmsprop_all": Case(
         "RMSprop",

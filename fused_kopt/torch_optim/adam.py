@@ -56,7 +56,8 @@ class Adam(Optimizer):
         return adam.amsgrad if group["amsgrad"] else adam.adam
 
     def scalars(self, group: Mapping[str, Any], step: Step) -> Any:
-        return adam.derive(step, step.number(group["lr"]), *group["betas"], group["eps"])
+        beta_1, beta_2 = group["betas"]
+        return adam.derive(step, step.number(group["lr"]), beta_1, beta_2, group["eps"])
 
     def decoupled(self, group: Mapping[str, Any]) -> bool:
         return bool(group["decoupled_weight_decay"])

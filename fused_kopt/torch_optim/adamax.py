@@ -48,4 +48,5 @@ class Adamax(Optimizer):
         return adamax.adamax
 
     def scalars(self, group: Mapping[str, Any], step: Step) -> Any:
-        return adamax.derive(step, step.number(group["lr"]), *group["betas"], group["eps"])
+        beta_1, beta_2 = group["betas"]
+        return adamax.derive(step, step.number(group["lr"]), beta_1, beta_2, group["eps"])

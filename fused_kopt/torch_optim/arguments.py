@@ -24,7 +24,6 @@ class Options(TypedDict, total=False):
     beta_1: float
     beta_2: float
     epsilon: float | None
-    rho: float
     decay: float
     schedule_decay: float
     clipvalue: float | None
@@ -37,6 +36,12 @@ class Options(TypedDict, total=False):
     maximize: bool
     capturable: bool
     differentiable: bool
+
+
+class WithRho(Options, total=False):
+    """The same, and Keras's word for `alpha`."""
+
+    rho: float
 
 
 # Keras's words for keys of parameter groups.
@@ -75,11 +80,10 @@ RANGES = {
 
 def split(cls: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keras's words for group keys, and our own options, among a constructor's keywords. Raises TypeError or ValueError."""
-    unknown = sorted(set(options) - set(Options.__annotations__))
+    unknown = sorted(set(options) - set(WithRho.__annotations__))
     if unknown:
-        raise TypeError(
-            f"{cls} got an unexpected keyword argument {unknown[0]!r}. Allowed besides its own: {', '.join(Options.__annotations__)}."
-        )
+        allowed = ", ".join(Options.__annotations__)
+        raise TypeError(f"{cls} got an unexpected keyword argument {unknown[0]!r}. Allowed besides its own: {allowed}.")
     refuse(cls, options)
     own = {name: options.get(name, value) for name, value in OWN.items()}
     for name in ("clipvalue", "clipnorm", "global_clipnorm"):
@@ -112,21 +116,19 @@ def respelled(cls: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> d
         if keras in given and keras not in known:
             _refuse_twice(cls, keras, key, known, found.get(key))
             found[key] = given[keras]
-    for position, keras in enumerate(BETAS):
-        if keras in given:
-            betas = _pair(found.get("betas", known.get("betas", (0.0, 0.0))))
-            _refuse_twice(cls, keras, "betas", known, betas[position] if "betas" in found and not _from(known, betas[position]) else None)
-            found["betas"] = tuple(given[keras] if i == position else beta for i, beta in enumerate(betas))
+    if any(keras in given for keras in BETAS):
+        own = _pair(found["betas"]) if "betas" in found else (None, None)
+        betas = list(_pair(found.get("betas", known.get("betas", (0.0, 0.0)))))
+        for position, keras in enumerate(BETAS):
+            if keras in given:
+                _refuse_twice(cls, keras, "betas", known, own[position])
+                betas[position] = given[keras]
+        found["betas"] = tuple(betas)
     if found.get("eps", 0.0) is None:
         found["eps"] = 1e-7  # what None means to Keras
     found = {name: plain(name, value) if name in known else value for name, value in found.items()}
     _check_ranges(found)
     return found
-
-
-def _from(known: Mapping[str, Any], value: Any) -> bool:
-    """Whether a beta was not given but stems from the defaults."""
-    return isinstance(value, Default) or any(value is beta for beta in known["betas"])
 
 
 def _refuse_twice(cls: str, keras: str, key: str, known: Mapping[str, Any], other: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from fused_kopt.borrowed import Borrower
 from fused_kopt.execute import EXECUTORS, Executor, Rule
 from fused_kopt.hyperparameters import Step
 from fused_kopt.torch_optim import arguments, loading
@@ -57,7 +58,7 @@ class Contract(torch.optim.Optimizer):
 
     # Groups, pickling, state dicts.
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with settings of its own in torch's or Keras's words. Raises what construction raises."""
         cls = type(self).__name__
@@ -77,7 +78,8 @@ class Contract(torch.optim.Optimizer):
     def executor(self, value: Executor) -> None:
         if value not in EXECUTORS:
             raise ValueError(f"`executor` must be one of {EXECUTORS}. Received: executor={value!r}.")
-        self._executor, self._borrowers = value, {}
+        self._executor = value
+        self._borrowers: dict[Rule, Borrower] = {}
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -106,7 +108,7 @@ class Contract(torch.optim.Optimizer):
                 group.setdefault(name, value)
         self._start(own)
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an optimizer of this class, or of torch.optim's class of the same name.
 

@@ -31,7 +31,7 @@ class Loader(Protocol):
     def slots(self, group: Mapping[str, Any]) -> dict[str, float]: ...
 
 
-def kept(owner: Loader, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def kept(owner: Any, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict with ready states. Raises ValueError or TypeError for one that does not fit."""
     cls, saved = type(owner).__name__, state_dict["param_groups"]
     sizes = [[len(group["params"]) for group in groups] for groups in (saved, owner.param_groups)]
@@ -79,5 +79,7 @@ def _slot(value: Any, param: Tensor, name: str, what: str, owner: Loader) -> Ten
         )
     if owner.state.get(param, {}).get(name) is value:
         return value
+    slot: Tensor = torch.empty_like(param, dtype=layout.compute_dtype(param.dtype), requires_grad=False)
     with torch.no_grad():
-        return torch.empty_like(param, dtype=layout.compute_dtype(param.dtype), requires_grad=False).copy_(value)
+        slot.copy_(value)
+    return slot

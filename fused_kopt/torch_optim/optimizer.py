@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kopt import description, gradients, layout
+from fused_kopt import borrowed, description, layout
 from fused_kopt.borrowed import Borrowed, Borrower, Task
 from fused_kopt.clipping import Clips
 from fused_kopt.description import Description
@@ -42,7 +42,7 @@ class Optimizer(Contract):
     of range and a parameter given twice.
     """
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient: one launch per device, dtype and rule, however many groups there are.
 
@@ -83,7 +83,7 @@ class Optimizer(Contract):
             clips = Clips(1.0, self.clipvalue, self.clipnorm, self.global_clipnorm)
             found = []
             for rule, mine in parts.items():
-                pairs = gradients.check([(g, p) for g, p, _ in mine], [name for _, _, name in mine])
+                pairs = borrowed.check([(g, p) for g, p, _ in mine], [name for _, _, name in mine])
                 found.append(description.describe(type(self).__name__, pairs, slots[rule], self.executor, clips, alignment=1))
             return description.joined(found)
 
@@ -115,9 +115,9 @@ class Optimizer(Contract):
         clips = self._clips(scale, found)
         tasks = [self._task(part, found, decaying) for part in found.parts]
         launches = []
-        for part, (task, borrowed, _) in zip(found.parts, tasks, strict=True):
+        for part, (task, given, _) in zip(found.parts, tasks, strict=True):
             borrower = self._borrowers.setdefault(part.rule, Borrower(self._executor))
-            launches.append(borrower.prepare(task._replace(clips=clips), borrowed._replace(gradients=part.select(grads))))
+            launches.append(borrower.prepare(task._replace(clips=clips), given._replace(gradients=part.select(grads))))
         for launch in launches:
             launch()
         for part, (_, _, numbers) in zip(found.parts, tasks, strict=True):
@@ -156,7 +156,7 @@ class Optimizer(Contract):
             if new or state is None:
                 lacking.append((param, new))
         if lacking:
-            gradients.check(list(zip(members.local(grads), members.local(params), strict=True)), names)
+            borrowed.check(list(zip(members.local(grads), members.local(params), strict=True)), names)
         for param, new in lacking:
             for name, value in new.items():
                 self.state[param][name] = torch.full_like(param, value, dtype=layout.compute_dtype(param.dtype), requires_grad=False)
@@ -183,8 +183,8 @@ class Optimizer(Contract):
         columns = [[state[name] for state in states] for name in self.slots(groups[0])]
         if found.sharded:
             variables, columns = members.local(variables), [members.local(column) for column in columns]
-        borrowed = Borrowed(variables, (), columns, part.select(found.names), numbers.which)
-        return Task(part.rule, numbers.of, exact=all(map(self.exact, groups))), borrowed, numbers
+        given = Borrowed(variables, (), columns, part.select(found.names), numbers.which)
+        return Task(part.rule, numbers.of, exact=all(map(self.exact, groups))), given, numbers
 
     def _count(self, part: Part, found: Members, numbers: Rows) -> None:
         assert self._counters is not None

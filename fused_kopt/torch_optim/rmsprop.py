@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 from fused_kopt.execute import Rule
 from fused_kopt.hyperparameters import Step
 from fused_kopt.optimizers import rmsprop
-from fused_kopt.torch_optim.arguments import Default, Options
+from fused_kopt.torch_optim.arguments import Default, WithRho
 from fused_kopt.torch_optim.optimizer import Optimizer
 
 
@@ -44,7 +44,7 @@ class RMSprop(Optimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.0,
         centered: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[WithRho],
     ) -> None:
         defaults = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum, "centered": centered}
         super().__init__(params, defaults, options)

@@ -60,9 +60,10 @@ class Rows:
         if not self._decaying:
             return row
         decay = float(group["weight_decay"])
+        kind: Any = type(row)
         if self._owner.decoupled(group):  # in double precision and rounded once, as torch.optim's AdamW
-            return options.extended(type(row), "decay")(*row, 1 - float(group["lr"]) * decay)
-        return options.extended(type(row), "penalty")(*row, decay)
+            return options.extended(kind, "decay")(*row, 1 - float(group["lr"]) * decay)
+        return options.extended(kind, "penalty")(*row, decay)
 
 
 def rules(owner: Any) -> tuple[list[Any], bool]:
