@@ -222,6 +222,19 @@ def dcp_makes_state_without_a_step(name: str) -> None:
     compare(name, model, optimizer)
 
 
+@checks("clipnorm", "global_clipnorm")
+def norms_of_shards_are_refused(clip: str) -> None:
+    model = sharded()
+    optimizer = make("AdamW", model.parameters(), **{clip: 1.0})
+    try:
+        train(model, optimizer, batches()[:1])
+    except ValueError as error:
+        assert "clip_grad_norm_" in str(error)
+    else:
+        raise AssertionError("no error")
+    assert_equal(whole(model.state_dict()), network().state_dict())
+
+
 @checks("AdamW")
 def tensor_parallel(name: str) -> None:
     """Columns of one layer on each rank, the rest replicated, beside DTensors of another placement."""

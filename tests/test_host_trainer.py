@@ -49,6 +49,7 @@ def logged(trained: Trainer, name: str) -> list[float]:
     return [entry[name] for entry in trained.state.log_history if name in entry]
 
 
+@pytest.mark.slow(every=2)
 @pytest.mark.parametrize(("dtype", "mixed"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_training_and_resumption(name: str, dtype: torch.dtype, mixed: bool, tmp_path: Path) -> None:
