@@ -77,8 +77,9 @@ def _slot(value: Any, param: Tensor, name: str, what: str, owner: Loader) -> Ten
             f"{name!r} of {what} is {'no' if is_sharded(param) else 'a'} DTensor, unlike the parameter. "
             "Load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
         )
-    if owner.state.get(param, {}).get(name) is value:
-        return value
+    own: Tensor | None = owner.state.get(param, {}).get(name)
+    if own is value:
+        return own
     slot: Tensor = torch.empty_like(param, dtype=layout.compute_dtype(param.dtype), requires_grad=False)
     with torch.no_grad():
         slot.copy_(value)
