@@ -1,12 +1,12 @@
 """The programs in clients/: they run, pass a strict type checker, and it reports each line marked `# wrong: code`, and no other."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support import python
 
 TESTS = Path(__file__).parent
 CLIENTS = sorted((TESTS / "clients").glob("*.py"))
@@ -34,4 +34,4 @@ def test_a_client_is_typed(report: str, client: Path) -> None:
 
 @each_client
 def test_a_client_runs(client: Path) -> None:
-    python(client.read_text())
+    runpy.run_path(str(client))
