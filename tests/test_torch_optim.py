@@ -18,7 +18,7 @@ each_case = pytest.mark.parametrize("case", CASES)
 each_class = pytest.mark.parametrize("case", ONE_EACH.values(), ids=list(ONE_EACH))
 
 
-@pytest.mark.slow(every=2)
+@pytest.mark.slow(every=5)
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
 @pytest.mark.parametrize("executor", ["reference", "compiled"])
 @each_case
@@ -161,6 +161,7 @@ def expanded(gradient: torch.Tensor) -> torch.Tensor:
     return gradient[:1, :1, :1].expand(gradient.shape)
 
 
+@pytest.mark.slow(every=3)
 @pytest.mark.parametrize("layout", [turned, expanded, lambda g: torch.stack([g, g], -1)[..., 0]], ids=["transposed", "expanded", "gaps"])
 @each_class
 def test_gradients_of_other_layouts(case: str, layout: Any) -> None:
@@ -209,6 +210,7 @@ def test_gradients_stay_as_they_are_and_may_keep_their_memory(case: str) -> None
     optimizer.step()
 
 
+@pytest.mark.slow(every=3)
 @pytest.mark.parametrize("clip", ["clipvalue", "clipnorm", "global_clipnorm"])
 @each_class
 def test_clips_are_those_of_the_keras_class(case: str, clip: str) -> None:

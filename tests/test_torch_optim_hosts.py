@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:Depr
 each_class = pytest.mark.parametrize("case", ONE_EACH.values(), ids=list(ONE_EACH))
 
 SCHEDULES: dict[str, Any] = {
-    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: min(1.0, epoch / 3)),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: min(1.0, (epoch + 1) / 3)),
     "step": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
     "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
     "cosine": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
@@ -30,6 +30,7 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow(every=4)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @each_class
 def test_schedulers(case: str, schedule: str) -> None:
@@ -139,7 +140,7 @@ def test_hooks_and_profiler(case: str) -> None:
     assert f"Optimizer.step#{type(optimizer).__name__}.step" in {event.key for event in profile.key_averages()}
 
 
-@pytest.mark.slow(every=5)
+@pytest.mark.slow(every=10)
 @each_class
 def test_torch_compile_breaks_the_graph_once(case: str) -> None:
     model, other = mlp(), mlp()

@@ -1,13 +1,16 @@
 """torch_optim's state: what it holds, resumption bit for bit, checkpoints of torch.optim, distributed checkpoints in one process."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support import assert_same, bits, randn
+from support import assert_same, bits
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     _init_optim_state,
@@ -35,6 +38,7 @@ def by_pickle(optimizer: Any) -> Any:
     return pickle.loads(pickle.dumps(optimizer))
 
 
+@pytest.mark.slow(every=3)
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
 @each_case
 def test_what_a_state_holds(case: str, dtype: torch.dtype) -> None:
@@ -54,7 +58,7 @@ def test_what_a_state_holds(case: str, dtype: torch.dtype) -> None:
     assert set(optimizer.state) == set(params)
 
 
-@pytest.mark.slow(every=2)
+@pytest.mark.slow(every=5)
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
 @pytest.mark.parametrize("way", ["state_dict", "saved", "pickle", "deepcopy"])
 @each_case
@@ -246,12 +250,29 @@ def test_a_warmup_from_zero_counts() -> None:
 
 def test_values_of_groups_are_plain() -> None:
     """numpy's scalars would not load with weights_only."""
-    import numpy as np
-
     optimizer = torch_optim.Adam(parameters(), lr=np.float64(0.5), betas=[np.float32(0.5), 0.75], weight_decay=1)
     group = saved(optimizer.state_dict())["param_groups"][0]
     assert (group["lr"], group["betas"], group["weight_decay"], group["amsgrad"]) == (0.5, (0.5, 0.75), 1.0, False)
     assert {type(group[name]) for name in ("lr", "eps", "weight_decay")} == {float}
+
+
+def test_a_schedule_of_numpy_can_be_saved() -> None:
+    optimizer = torch_optim.Adam(parameters())
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.cos(epoch + 1.0))
+    assert type(saved(optimizer.state_dict())["param_groups"][0]["lr"]) is float
+
+
+def test_replaced_states_and_gradients_are_freed() -> None:
+    params = parameters(shapes=((9,), (20_000,)))
+    optimizer = torch_optim.Adam(params, executor="compiled")
+    steps(optimizer, params, range(3))
+    slots = [weakref.ref(optimizer.state[p]["exp_avg"]) for p in params]
+    gradients = [weakref.ref(p.grad) for p in params]
+    for param in params:
+        optimizer.state[param] = {name: tensor.clone() for name, tensor in optimizer.state[param].items()}
+    optimizer.zero_grad()
+    gc.collect()
+    assert [ref() for ref in (*slots, *gradients)] == [None] * 4
 
 
 def test_a_file_of_one_parameter_is_small() -> None:
@@ -273,4 +294,3 @@ def test_deepcopies_are_separate() -> None:
     give(list(twin.parameters()), 1)
     other.step()
     assert float(optimizer.state[model[0].weight]["step"]) == 1
-    assert randn(1) is not None

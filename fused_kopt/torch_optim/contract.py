@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from fused_kopt.borrowed import Borrower
@@ -66,7 +67,7 @@ class Contract(torch.optim.Optimizer):
             raise TypeError(f"A parameter group must be a dict. Received: {type(param_group).__name__}.")
         arguments.refuse(cls, param_group)
         group = arguments.respelled(cls, param_group, self.defaults)
-        arguments.check_parameters(group, len(self.param_groups))
+        group["params"] = arguments.check_parameters(group["params"], len(self.param_groups))
         super().add_param_group(group)
 
     @property
@@ -107,6 +108,12 @@ class Contract(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self._start(own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings and state, as torch.optim's; numpy's numbers, which schedules leave in groups, as Python's."""
+        found: dict[str, Any] = super().state_dict()
+        groups = [{k: v.item() if isinstance(v, np.generic) else v for k, v in group.items()} for group in found["param_groups"]]
+        return {**found, "param_groups": groups}
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

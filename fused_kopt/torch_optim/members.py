@@ -15,10 +15,14 @@ State = dict[str, Any]
 
 
 class Counters:
-    """The 0-d CPU tensors of all states, such as `step`, as views of one array: counting 5,000 one by one takes 8 ms."""
+    """The 0-d CPU tensors of all states, such as `step`, as views of one array: counting 5,000 one by one takes 8 ms.
 
-    def __init__(self, states: Sequence[State], kinds: Mapping[str, tuple[torch.dtype, float]]) -> None:
-        self.states = list(states)
+    Nothing else of the states is kept alive: whoever replaces one frees its memory.
+    """
+
+    def __init__(self, owners: Mapping[Tensor, State], kinds: Mapping[str, tuple[torch.dtype, float]]) -> None:
+        self.params, states = list(owners), list(owners.values())
+        self._ids = list(map(id, states))
         self.values: dict[str, Any] = {}
         self._views: dict[str, list[Tensor]] = {}
         for name, (dtype, initial) in kinds.items():
@@ -27,9 +31,10 @@ class Counters:
             for state, view in zip(states, self._views[name], strict=True):
                 state[name] = view
 
-    def of(self, states: Sequence[State]) -> bool:
+    def of(self, owners: Mapping[Tensor, State]) -> bool:
         """Whether these are the states, with the counters in their places: whoever loads or moves a state replaces them."""
-        if len(states) != len(self.states) or not all(map(is_, states, self.states)):
+        states = list(owners.values())
+        if list(map(id, states)) != self._ids or not all(map(is_, owners, self.params)):
             return False
         return all(all(map(is_, [state.get(name) for state in states], views)) for name, views in self._views.items())
 
@@ -61,6 +66,8 @@ class Sighting(NamedTuple):
     """Which have no gradient; None for none."""
     rules: list[Rule]
     """By group."""
+    decaying: bool
+    """Whether the rules have weight decay around them."""
 
     def same(self, other: "Sighting") -> bool:
         """Whether the members are the same."""
@@ -69,13 +76,12 @@ class Sighting(NamedTuple):
 
 
 class Members:
-    """The parameters that have gradients, their states, and the parts that the rules make of them."""
+    """The parameters that have gradients, and the parts that the rules make of them."""
 
-    def __init__(self, seen: Sighting, names: list[str], owners: Mapping[Tensor, State]) -> None:
+    def __init__(self, seen: Sighting, names: list[str]) -> None:
         self.seen, self.names = seen, names
         self.params = present(seen.params, seen.absent)
-        self.states = [owners[param] for param in self.params]
-        self.sharded = any(map(is_sharded, self.params))
+        self.sharded = any(isinstance(param, sharded()) for param in self.params)
         self.wide = np.array([param.dtype == torch.float64 for param in self.params])
         groups = np.array(present([i for i, size in enumerate(seen.sizes) for _ in range(size)], seen.absent))
         self.parts = [_part(rule, seen.rules, groups) for rule in dict.fromkeys(seen.rules[i] for i in groups)]
@@ -83,10 +89,10 @@ class Members:
         self._places: Any = None
 
     def places(self, counters: Counters) -> Any:
-        """int64, where the members' counters lie."""
+        """int64, where the members' states and counters lie among all."""
         if counters is not self._counters:
-            places = {id(state): i for i, state in enumerate(counters.states)}
-            self._counters, self._places = counters, np.array([places[id(state)] for state in self.states])
+            places = {id(param): i for i, param in enumerate(counters.params)}
+            self._counters, self._places = counters, np.array([places[id(param)] for param in self.params])
         return self._places
 
 
@@ -101,20 +107,20 @@ def present(values: list[Any], absent: list[bool] | None) -> list[Any]:
     return values if absent is None else [value for value, gone in zip(values, absent, strict=True) if not gone]
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor. Its module takes 1 s to import: who has one has imported it."""
+def sharded() -> Any:
+    """The class of sharded tensors, or no class where nobody has imported it, which takes 1 s."""
     module: Any = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return () if module is None else module.DTensor
 
 
-def local(tensors: Sequence[Any]) -> list[Tensor]:
-    """The memory of DTensors on this rank. `to_local()` takes 11 us for each."""
-    return [tensor._local_tensor if is_sharded(tensor) else tensor for tensor in tensors]
+def local(tensors: Sequence[Any]) -> list[Any]:
+    """The memory of sharded tensors on this rank. `to_local()` takes 11 us for each."""
+    kind = sharded()
+    return [tensor._local_tensor if isinstance(tensor, kind) else tensor for tensor in tensors]
 
 
 def placed(gradients: Sequence[Any], params: Sequence[Any]) -> list[Any]:
     """Gradients as their parameters are placed: those of a tensor-parallel norm may still be partial sums."""
-    return [
-        g.redistribute(placements=p.placements) if is_sharded(g) and is_sharded(p) and g.placements != p.placements else g
-        for g, p in zip(gradients, params, strict=True)
-    ]
+    kind = sharded()
+    both = zip(gradients, params, strict=True)
+    return [g.redistribute(placements=p.placements) if isinstance(g, kind) and g.placements != p.placements else g for g, p in both]

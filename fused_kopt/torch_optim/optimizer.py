@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from itertools import chain, repeat
 from operator import is_not
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ from fused_kopt.torch_optim.rows import Rows
 
 # Sets of parameters with gradients that are kept, as launches are (fused_kopt.repeats).
 KEPT = 4
+
+
+class Job(NamedTuple):
+    """One part's share of a step."""
+
+    part: Part
+    places: Any
+    """int64, where its counters lie."""
+    numbers: Rows
+    launch: Callable[[], None]
 
 
 class Optimizer(Contract):
@@ -79,7 +89,7 @@ class Optimizer(Contract):
                 for position, param in enumerate(group["params"]):
                     if param.requires_grad or param.grad is not None:
                         pair = members.local([param.detach() if param.grad is None else param.grad, param])
-                        parts.setdefault(rule, []).append((*pair, arguments.name(group, index, position)))  # type: ignore[arg-type]
+                        parts.setdefault(rule, []).append((*pair, arguments.name(group, index, position)))
             clips = Clips(1.0, self.clipvalue, self.clipnorm, self.global_clipnorm)
             found = []
             for rule, mine in parts.items():
@@ -105,36 +115,28 @@ class Optimizer(Contract):
             grads = members.present(grads, absent)
         if not grads:
             return
-        found_rules, decaying = rows.rules(self)
-        seen = Sighting(params, [len(group["params"]) for group in self.param_groups], absent, found_rules)
+        seen = Sighting(params, [len(group["params"]) for group in self.param_groups], absent, *rows.rules(self))
         found = self._members(seen, grads)
         if found is None:
             return
         if found.sharded:
             grads = members.local(members.placed(grads, found.params))
         clips = self._clips(scale, found)
-        tasks = [self._task(part, found, decaying) for part in found.parts]
-        launches = []
-        for part, (task, given, _) in zip(found.parts, tasks, strict=True):
-            borrower = self._borrowers.setdefault(part.rule, Borrower(self._executor))
-            launches.append(borrower.prepare(task._replace(clips=clips), given._replace(gradients=part.select(grads))))
-        for launch in launches:
-            launch()
-        for part, (_, _, numbers) in zip(found.parts, tasks, strict=True):
-            self._count(part, found, numbers)
+        jobs = [self._job(part, found, grads, clips) for part in found.parts]
+        for job in jobs:
+            job.launch()
+        for job in jobs:
+            self._count(job, found)
 
     def _members(self, seen: Sighting, grads: Sequence[Tensor]) -> Members | None:
         """Who takes part, with states; None where this is the dummy step that only makes them."""
-        states = list(self.state.values())
-        if self._counters is None or not self._counters.of(states):
+        if self._counters is None or not self._counters.of(self.state):
             self._known, self._counters = [], None
         found = next((known for known in self._known if known.seen.same(seen)), None)
         if found is None:
-            dummy = not states and self._dummy(grads)
-            names = members.present(self._names(), seen.absent)
-            self._make_states(seen, names, grads)
-            self._counters = Counters(list(self.state.values()), self.counters)
-            found = Members(seen, names, self.state)
+            dummy = not self.state and self._dummy(grads)
+            found = Members(seen, members.present(self._names(), seen.absent))
+            self._make_states(found, grads)
             self._known = [found, *self._known[: KEPT - 1]]
             if dummy:
                 return None
@@ -145,28 +147,30 @@ class Optimizer(Contract):
         still = all(float(group["lr"]) == 0 for group in self.param_groups)
         return still and not any(bool(grad.any()) for grad in members.local(grads))
 
-    def _make_states(self, seen: Sighting, names: list[str], grads: Sequence[Tensor]) -> None:
+    def _make_states(self, found: Members, grads: Sequence[Tensor]) -> None:
         """Create what the states of the parameters with gradients lack, after a look at the gradients."""
-        groups = [group for group in self.param_groups for _ in group["params"]]
-        params = members.present(seen.params, seen.absent)
+        groups = members.present([group for group in self.param_groups for _ in group["params"]], found.seen.absent)
         lacking = []
-        for param, group in zip(params, members.present(groups, seen.absent), strict=True):
+        for param, group in zip(found.params, groups, strict=True):
             state = self.state.get(param)
             new = {name: value for name, value in self.slots(group).items() if state is None or name not in state}
             if new or state is None:
                 lacking.append((param, new))
         if lacking:
-            borrowed.check(list(zip(members.local(grads), members.local(params), strict=True)), names)
+            borrowed.check(list(zip(members.local(grads), members.local(found.params), strict=True)), found.names)
         for param, new in lacking:
             for name, value in new.items():
                 self.state[param][name] = torch.full_like(param, value, dtype=layout.compute_dtype(param.dtype), requires_grad=False)
             self.state[param]  # a defaultdict: rules without slots count, too
+        if lacking or self._counters is None:
+            self._counters = Counters(self.state, self.counters)
 
     def _names(self) -> list[str]:
         return [arguments.name(group, i, k) for i, group in enumerate(self.param_groups) for k in range(len(group["params"]))]
 
     def _clips(self, scale: float, found: Members) -> Clips:
         clips = Clips(scale, self.clipvalue, self.clipnorm, self.global_clipnorm)
+        arguments.check_clips(clips)
         if clips.by_norm and found.sharded:
             raise ValueError("Norms of sharded parameters need all ranks. Use torch.nn.utils.clip_grad_norm_ in place of clipnorm.")
         if clips.global_clipnorm is not None and len(found.parts) > 1:
@@ -174,24 +178,27 @@ class Optimizer(Contract):
             raise ValueError(f"`global_clipnorm` needs one rule for all groups; these have {rules}. Use torch.nn.utils.clip_grad_norm_.")
         return clips
 
-    def _task(self, part: Part, found: Members, decaying: bool) -> tuple[Task, Borrowed, Rows]:
+    def _job(self, part: Part, found: Members, grads: list[Tensor], clips: Clips) -> Job:
+        """One part's launch, prepared: nothing has been written, and nothing more can be wrong with what it was given."""
         assert self._counters is not None
-        places = part.select(found.places(self._counters))
-        numbers = Rows(self, part, {name: values[places] for name, values in self._counters.values.items()}, decaying)
+        places, states = part.select(found.places(self._counters)), list(self.state.values())
+        numbers = Rows(self, part, {name: values[places] for name, values in self._counters.values.items()}, found.seen.decaying)
         groups = [self.param_groups[i] for i in part.groups]
-        states, variables = part.select(found.states), part.select(found.params)
-        columns = [[state[name] for state in states] for name in self.slots(groups[0])]
+        mine, variables = [states[i] for i in places.tolist()], part.select(found.params)
+        slots = [[state[name] for state in mine] for name in self.slots(groups[0])]
         if found.sharded:
-            variables, columns = members.local(variables), [members.local(column) for column in columns]
-        given = Borrowed(variables, (), columns, part.select(found.names), numbers.which)
-        return Task(part.rule, numbers.of, exact=all(map(self.exact, groups))), given, numbers
+            variables, slots = members.local(variables), [members.local(column) for column in slots]
+        given = Borrowed(variables, part.select(grads), slots, part.select(found.names), numbers.which)
+        borrower = self._borrowers.setdefault(part.rule, Borrower(self._executor))
+        launch = borrower.prepare(Task(part.rule, numbers.of, clips, all(map(self.exact, groups))), given)
+        return Job(part, places, numbers, launch)
 
-    def _count(self, part: Part, found: Members, numbers: Rows) -> None:
+    def _count(self, job: Job, found: Members) -> None:
         assert self._counters is not None
-        places, values = part.select(found.places(self._counters)), self._counters.values
-        values["step"][places] += 1
+        values, which = self._counters.values, job.numbers.which
+        values["step"][job.places] += 1
         if "mu_product" in values:
-            wide = part.select(found.wide)
-            for dtype, products in numbers.products.items():
+            wide = job.part.select(found.wide)
+            for dtype, products in job.numbers.products.items():
                 mine = wide == (dtype == torch.float64)
-                values["mu_product"][places[mine]] = products[numbers.which[mine]]
+                values["mu_product"][job.places[mine]] = products[which[mine]]
