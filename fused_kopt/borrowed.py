@@ -1,5 +1,6 @@
 """Fused steps on variables, gradients and slots that somebody else owns: what the Keras 3 and torch.optim classes call."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -50,6 +51,15 @@ class Task(NamedTuple):
     """Whether executors owe each other equal bits."""
 
 
+def check(pairs: Pairs, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """`gradients.check`, and TypeError for sparse gradients: `pairs` of gradients and variables as every step here needs them."""
+    checked = gradients.check(pairs, names)
+    for (gradient, _), name in zip(checked, names, strict=True):
+        if gradient.layout != torch.strided:
+            raise TypeError(f"The gradient of {name} is sparse; dense ones are supported here. Use Embedding(sparse=False).")
+    return checked
+
+
 class Borrower:
     """Takes steps on tensors that are looked at anew in every step: whoever owns them may replace or move them in between.
 
@@ -73,25 +83,35 @@ class Borrower:
         Raises what `Optimizer.apply_gradients` raises for gradients and variables, and ValueError or TypeError for slots that
         do not fit; nothing has been written then.
         """
+        self.prepare(Task(rule, scalars, clips, exact), given)()
+
+    def prepare(self, task: Task, given: Borrowed) -> Callable[[], None]:
+        """What takes the step: to be called once, before another is prepared. Raises what `step` raises; nothing is written before."""
         slots = list(itertools.chain.from_iterable(given.slots))
         repeat = self._repeats.match(given.gradients, given.variables, self.executor, slots)
-        if repeat is None or not repeat.applies(rule, clips):
-            self._anew(Task(rule, scalars, clips, exact), given, slots)
+        if repeat is None or not repeat.applies(task.rule, task.clips):
+            launch = self._anew(task, given, slots)
         else:
             found = {
-                id(u): _numbers(scalars(u.bucket.compute), given, order) for u, order in zip(repeat.updates, repeat.orders, strict=True)
+                id(u): _numbers(task.scalars(u.bucket.compute), given, order)
+                for u, order in zip(repeat.updates, repeat.orders, strict=True)
             }
             if any((update.rows is None) != (found[id(update)][1] is None) for update in repeat.updates):
                 for update in repeat.updates:
                     update.rows = found[id(update)][1]
                 repeat.bind()
-            repeat.clip(clips)
-            repeat.run(lambda update: found[id(update)])
-        torch.autograd.graph.increment_version(given.variables)
+            repeat.clip(task.clips)
+            launch = functools.partial(repeat.run, lambda update: found[id(update)])
 
-    def _anew(self, task: Task, given: Borrowed, slots: list[Tensor]) -> None:
+        def take() -> None:
+            launch()
+            torch.autograd.graph.increment_version(given.variables)
+
+        return take
+
+    def _anew(self, task: Task, given: Borrowed, slots: list[Tensor]) -> Callable[[], None]:
         names = given.names or [gradients.name(variable, i) for i, variable in enumerate(given.variables)]
-        pairs = gradients.check(list(zip(given.gradients, given.variables, strict=True)), names)
+        pairs = check(list(zip(given.gradients, given.variables, strict=True)), names)
         _check_slots(pairs, given.slots, names)
         executors = {}
         for device in dict.fromkeys(variable.device for _, variable in pairs):
@@ -102,10 +122,14 @@ class Borrower:
         with torch.no_grad():
             launches = [_launch(bucket, members, entries, given, task) for bucket, members in _buckets(pairs, given.slots)]
         chosen = [verification.proven(launch.update, executors[launch.update.bucket.device], self.executor) for launch in launches]
-        updates.run(launches, chosen)
-        self._repeats.learn(pairs, launches, chosen, self.executor, slots)
-        for launch in launches:
-            launch.update.bucket.borrow({})  # repeats need addresses only: the owner of the slots may free them
+
+        def launch() -> None:
+            updates.run(launches, chosen)
+            self._repeats.learn(pairs, launches, chosen, self.executor, slots)
+            for each in launches:
+                each.update.bucket.borrow({})  # repeats need addresses only: the owner of the slots may free them
+
+        return launch
 
 
 def _buckets(pairs: Pairs, slots: Sequence[Sequence[Tensor]]) -> list[tuple[Bucket, list[int]]]:
@@ -153,9 +177,6 @@ def _numbers(distinct: Sequence[Any], given: Borrowed, members: Any) -> Scalars:
 
 def _check_slots(pairs: Pairs, slots: Sequence[Sequence[Tensor]], names: Sequence[str]) -> None:
     """Raises TypeError or ValueError for gradients and slots that one launch cannot serve."""
-    for (gradient, _), name in zip(pairs, names, strict=True):
-        if gradient.layout != torch.strided:
-            raise TypeError(f"The gradient of {name} is sparse; dense ones are supported here. Use Embedding(sparse=False).")
     for column in slots:
         if len(column) != len(pairs):
             raise ValueError(f"There are {len(column)} slots of a kind for {len(pairs)} variables; each variable needs one.")

@@ -51,13 +51,14 @@ LAYERS = (
     ("keras.loss_scale", *(f"keras.{name}" for name in KERAS)),
     ("keras.fusing",),
     ("keras",),
-    ("keras.declaration", "keras.host", "keras.plan"),
-    ("keras.state", "keras.stepper"),
-    ("keras.fused",),
-    ("keras.loss_scale", *(f"keras.{name}" for name in KERAS)),
-    ("keras.fusing",),
-    ("keras",),
     ("",),
+    ("torch_optim.arguments", "torch_optim.members"),
+    ("torch_optim.loading", "torch_optim.rows"),
+    ("torch_optim.contract",),
+    ("torch_optim.optimizer",),
+    tuple(f"torch_optim.{name}" for name in OPTIMIZERS if name != "registry"),
+    ("torch_optim",),
+    ("hf",),
     ("checkpoint.neutral", "checkpoint.tables"),
     ("checkpoint.meaning", "checkpoint.storage", "checkpoint.torch_words"),
     ("checkpoint.snapshot",),
@@ -132,7 +133,8 @@ class Import(NamedTuple):
 @functools.cache
 def sources() -> dict[str, Path]:
     """Module name (without the package's) to file; the link is followed once, as kernels."""
-    folders = ("fused_kopt", "fused_kopt/optimizers", "fused_kopt/keras", "fused_kopt/keras", "fused_kopt/checkpoint", "fused_kopt/commands", "kernels")
+    packages = ("optimizers", "keras", "checkpoint", "commands", "torch_optim")
+    folders = ("fused_kopt", *(f"fused_kopt/{name}" for name in packages), "kernels")
     files = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
     return {re.sub(r"^fused_kopt\.|\.?__init__$", "", ".".join(f.relative_to(ROOT).with_suffix("").parts)): f for f in files}
 
