@@ -51,6 +51,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuning._stored.cache_clear()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors of a few elements in one thread: five times as fast as two threads on two busy cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip `gpu` tests where there is no GPU. Without `--slow` keep every n-th case of `slow(every=n)`, and skip plain `slow`."""
     no_gpu = pytest.mark.skip(reason="needs a CUDA or ROCm device")

@@ -155,7 +155,9 @@ def test_subsets_in_any_order_and_missing_gradients(option: str) -> None:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 optimizer.apply_gradients(given)
-            assert [str(w.message)[:34] for w in caught if w.category is UserWarning] == ["Gradients do not exist for variabl"] * (step % 3 == 2)
+            assert [str(w.message)[:34] for w in caught if w.category is UserWarning] == ["Gradients do not exist for variabl"] * (
+                step % 3 == 2
+            )
         return stock.values([*trained, *optimizer.variables])
 
     first, second = outcome(stock.ours("Adam", **stock.OPTIONS[option])), outcome(stock.theirs("Adam", **stock.OPTIONS[option]))
@@ -173,7 +175,9 @@ def test_exclusions_from_decay() -> None:
             optimizer.apply(stock.gradients(step), trained)
         return stock.values(trained)
 
-    first, second, third = (outcome(make("SGD", weight_decay=wd)) for make, wd in ((stock.ours, 5.0), (stock.theirs, 5.0), (stock.ours, 0.0)))
+    first, second, third = (
+        outcome(make("SGD", weight_decay=wd)) for make, wd in ((stock.ours, 5.0), (stock.theirs, 5.0), (stock.ours, 0.0))
+    )
     assert stock.distance(first, second) <= 1e-6
     assert all(stock.distance([a], [b]) > 0.1 for a, b in zip(first[2:], third[2:], strict=True))
 
@@ -277,8 +281,11 @@ def test_an_overridden_part_of_the_step_counts(hook: str) -> None:
         called.append(1)
         return getattr(super(Mine, self), hook)(*args)
 
-    Mine = type("Mine", (fused_kopt.keras.SGD,), {hook: own})  # noqa: N806
-    optimizer, (variable,) = Mine(0.1, clipnorm=1.0, use_ema=True, ema_overwrite_frequency=1, gradient_accumulation_steps=2), stock.variables([(2,)])
+    Mine = type("Mine", (fused_kopt.keras.SGD,), {hook: own})
+    optimizer, (variable,) = (
+        Mine(0.1, clipnorm=1.0, use_ema=True, ema_overwrite_frequency=1, gradient_accumulation_steps=2),
+        stock.variables([(2,)]),
+    )
     for _ in range(2):
         optimizer.apply([torch.ones(2)], [variable])
     assert called

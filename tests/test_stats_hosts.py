@@ -156,6 +156,13 @@ def test_keras_fused_stock_and_loss_scale() -> None:
     assert last(inner)["gradient_norm"] == pytest.approx(math.sqrt(sum(float(((g / 4).double() ** 2).sum()) for g in stock.gradients(2))))
 
 
+def test_keras_lamb_says_no() -> None:
+    optimizer, variables = fused_kopt.keras.Lamb(), stock.variables()
+    optimizer.stats_every = 1
+    with pytest.raises(ValueError, match="`stats_every` must be 0 for Lamb"):
+        optimizer.apply(stock.gradients(1), variables)
+
+
 def rows(file: Path) -> list[dict[str, str]]:
     with file.open(newline="") as opened:
         return list(csv.DictReader(opened))
@@ -228,7 +235,9 @@ def train(build: Any, callback: Any, loggers: Any, **more: Any) -> lightning.Tra
     return trainer
 
 
-lightning_warnings = pytest.mark.filterwarnings("ignore:.*(num_workers|LeafSpec|treespec|isinstance|GPU|tensorboardX|smaller than the logging interval)")
+lightning_warnings = pytest.mark.filterwarnings(
+    "ignore:.*(num_workers|LeafSpec|treespec|isinstance|GPU|tensorboardX|smaller than the logging interval)"
+)
 
 
 @lightning_warnings

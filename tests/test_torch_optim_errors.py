@@ -79,6 +79,14 @@ def test_keras_words() -> None:
     assert not {"learning_rate", "foreach", "fused", "clipvalue"} & set(SGD(params, foreach=True, fused=False).param_groups[0])
 
 
+def test_groups_of_generators_and_of_one_tensor() -> None:
+    params = parameters()
+    optimizer = Adam([{"params": (p for p in params[:2])}, {"params": params[2]}])
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 1]
+    with pytest.raises(TypeError, match="ordered collections"):
+        Adam([{"params": set(params)}])
+
+
 def sparse(optimizer: Any, params: Any) -> None:
     params[4].grad = params[4].grad.to_sparse(1)
 
@@ -103,6 +111,14 @@ def other_dtype(optimizer: Any, params: Any) -> None:
     optimizer.state[params[4]]["exp_avg"] = optimizer.state[params[4]]["exp_avg"].double()
 
 
+def bad_limit(optimizer: Any, params: Any) -> None:
+    optimizer.clipvalue = "tight"
+
+
+def two_norms(optimizer: Any, params: Any) -> None:
+    optimizer.clipnorm = optimizer.global_clipnorm = 1.0
+
+
 def norms_of_two_rules(optimizer: Any, params: Any) -> None:
     optimizer.global_clipnorm = 1.0
     optimizer.param_groups[1]["amsgrad"] = True
@@ -115,6 +131,8 @@ STEPS: dict[Callable[[Any, Any], None], tuple[type[Exception], str]] = {
     meta: (TypeError, r"slot of parameter 'body\.4'.*meta"),
     other_shape: (ValueError, r"parameter 'body\.4' .*has a slot of shape \(2,\)"),
     other_dtype: (TypeError, r"parameter 'body\.4' .*has a slot of torch.float64"),
+    bad_limit: (TypeError, "`clipvalue` must be a number >= 0 or None. Received: clipvalue='tight'"),
+    two_norms: (ValueError, "`clipnorm` and `global_clipnorm` exclude each other"),
     norms_of_two_rules: (ValueError, "`global_clipnorm` needs one rule for all groups; these have .*adam.*amsgrad"),
 }
 
@@ -136,6 +154,16 @@ def test_a_bad_step_changes_nothing(damage: Any, amsgrad: bool) -> None:
         optimizer.step()
     assert_same(snapshot(optimizer, params[:3]), before)
     assert all(optimizer.state[p].keys() == whole[p].keys() for p in params[:3])
+
+
+def test_ftrl_needs_a_rate() -> None:
+    params = parameters()
+    optimizer = Ftrl(params, lr=0.0)
+    give(params, 0)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="Ftrl divides by the learning rate, which must be > 0"):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 
 def test_a_first_step_that_fails_makes_no_state() -> None:

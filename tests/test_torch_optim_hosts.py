@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:Depr
 each_class = pytest.mark.parametrize("case", ONE_EACH.values(), ids=list(ONE_EACH))
 
 SCHEDULES: dict[str, Any] = {
-    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: min(1.0, epoch / 3)),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: min(1.0, (epoch + 1) / 3)),
     "step": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
     "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
     "cosine": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),

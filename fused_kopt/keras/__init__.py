@@ -10,6 +10,7 @@ from fused_kopt.keras.adam import Adam, AdamW
 from fused_kopt.keras.adamax import Adamax
 from fused_kopt.keras.ftrl import Ftrl
 from fused_kopt.keras.fusing import fuse
+from fused_kopt.keras.lamb import Lamb
 from fused_kopt.keras.lion import Lion
 from fused_kopt.keras.logger import StatsLogger
 from fused_kopt.keras.loss_scale import LossScaleOptimizer
@@ -25,6 +26,7 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Ftrl",
+    "Lamb",
     "Lion",
     "LossScaleOptimizer",
     "Nadam",

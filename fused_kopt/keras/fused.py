@@ -32,7 +32,7 @@ registered = keras.saving.register_keras_serializable(package="fused_kopt")
 
 
 @functools.cache
-def _overridden(cls: type) -> bool:
+def _overridden(cls: Any) -> bool:
     own = next(c for c in cls.__mro__ if "declaration" in vars(c))
     return any(getattr(cls, hook) is not getattr(own, hook) for hook in HOOKS)
 
@@ -49,7 +49,7 @@ class Fused(Stateful):
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Update the variables, one gradient for each; see `keras.optimizers.Optimizer.apply`."""
-        if _overridden(type(self)):
+        if self._is_overridden():
             super().apply(grads, trainable_variables)  # type: ignore[misc]
         else:
             self._steps().apply(grads, trainable_variables)
@@ -72,6 +72,10 @@ class Fused(Stateful):
         recorder.every = self.stats_every
         return recorder.last()
 
+    def _is_overridden(self) -> bool:
+        cls: Any = type(self)
+        return _overridden(cls)
+
     def _steps(self) -> Stepper:
         if self._stepper is None:
             self._stepper = Stepper(self, self.declaration, super().apply)  # type: ignore[misc]
@@ -87,6 +91,7 @@ class Fused(Stateful):
 def stepper(optimizer: Any) -> Stepper | None:
     """What takes the fused steps of an optimizer of ours, or of a stock one after `fuse`; None for others."""
     if not isinstance(optimizer, Fused):
-        return vars(optimizer).get("_stepper")
-    own = type(optimizer).apply is Fused.apply and not _overridden(type(optimizer))
+        fused: Stepper | None = vars(optimizer).get("_stepper")
+        return fused
+    own = type(optimizer).apply is Fused.apply and not optimizer._is_overridden()
     return optimizer._steps() if own else None

@@ -20,16 +20,16 @@ MODULES = (sgd, rmsprop, adam, adadelta, adagrad, adamax, nadam, ftrl, lion)
 def _declarations() -> Mapping[type, Declaration]:
     """By exact class: Keras instantiates classes of its backend's under the names of the public ones."""
     every = [declaration for module in MODULES for declaration in module.DECLARATIONS]
-    return {type(d.stock.__new__(d.stock)): d for d in every}  # type: ignore[call-overload]
+    return {type(d.stock.__new__(d.stock)): d for d in every}
 
 
 def fuse(optimizer: Optimizer) -> Optimizer:
     """Let a stock Keras optimizer take its steps in fused launches, and return it.
 
     Its class, config, variables and files stay Keras's, so that what it saves loads where this package is not installed. Copies
-    (deepcopy, pickle, a reloaded model) are plain Keras optimizers again; fuse them anew. Of a LossScaleOptimizer the inner
-    optimizer is fused. Its `executor` and `stats_every` may be set afterwards. Does nothing to an optimizer of this package, or
-    a fused one.
+    (also of a reloaded model) are plain Keras optimizers again; fuse them anew. Of a LossScaleOptimizer the inner
+    optimizer is fused. Its `executor` and `stats_every` may be set afterwards. Does nothing to an optimizer of this package,
+    or a fused one.
 
     Raises TypeError for anything but an instance of Keras's SGD, RMSprop, Adam, AdamW, Adadelta, Adagrad, Adamax, Nadam, Ftrl or
     Lion themselves: what a subclass or another optimizer computes is not known here.
@@ -37,7 +37,7 @@ def fuse(optimizer: Optimizer) -> Optimizer:
     if isinstance(optimizer, (Fused, LossScaleOptimizer)):
         return optimizer
     if type(optimizer) is keras.optimizers.LossScaleOptimizer:
-        fuse(optimizer.inner_optimizer)
+        fuse(optimizer.inner_optimizer)  # type: ignore[attr-defined]
         return optimizer
     declaration = _declarations().get(type(optimizer))
     if declaration is None:

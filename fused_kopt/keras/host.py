@@ -29,14 +29,13 @@ class Host:
 
     def read(self, variable: Any) -> float:
         """The variable's value as a Python number."""
-        value = variable._value
+        value: Tensor = variable._value
         if not self._remembers(value):
-            return value.item()  # type: ignore[no-any-return]
-        tensor, version, number = self._known.get(id(variable), (None, 0, 0.0))
-        if tensor is not value or version != value._version:
-            number = value.item()
-            self._known[id(variable)] = (value, value._version, number)
-        return number
+            return value.item()
+        known = self._known.get(id(variable))
+        if known is None or known[0] is not value or known[1] != value._version:
+            self._known[id(variable)] = known = (value, value._version, value.item())
+        return known[2]
 
     def write(self, variable: Any, number: float) -> None:
         """Set the variable in place."""

@@ -36,10 +36,12 @@ class LossScaleOptimizer(Stateful, keras.optimizers.LossScaleOptimizer):
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Update the variables from scaled gradients, or skip. Raises ValueError where an unbuilt optimizer gets no variables."""
         if not self.built and trainable_variables is None:
-            raise ValueError("The optimizer is not built: pass `trainable_variables`, or call `optimizer.build(trainable_variables)` first.")
+            raise ValueError(
+                "The optimizer is not built: pass `trainable_variables`, or call `optimizer.build(trainable_variables)` first."
+            )
         super().apply(grads, trainable_variables)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def check_finite(self, grads: Sequence[Any]) -> Tensor:
         """Whether all elements of all gradients are finite: 0-d bool."""
         tensors = [tensor for tensor in tensors_of([g for g in grads if g is not None]) if tensor.numel()]
@@ -49,7 +51,7 @@ class LossScaleOptimizer(Stateful, keras.optimizers.LossScaleOptimizer):
             largest = torch._foreach_norm(tensors, float("inf"))
         return torch.stack([norm.to(largest[0]) for norm in largest]).isfinite().all()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def _stateful_handle_finite_grads(self, grads: Any, trainable_variables: Any) -> None:
         inner, scale = stepper(self.inner_optimizer), self._host.read(self.dynamic_scale)
         variables = self._trainable_variables if trainable_variables is None else trainable_variables
@@ -64,7 +66,7 @@ class LossScaleOptimizer(Stateful, keras.optimizers.LossScaleOptimizer):
             self._host.write(self.dynamic_scale, min(scale * 2, LARGEST))
         self._host.write(self.step_counter, steps % self.dynamic_growth_steps)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def _stateful_handle_non_finite_grads(self) -> None:
         inner, scale = stepper(self.inner_optimizer), self._host.read(self.dynamic_scale)
         if inner is not None:

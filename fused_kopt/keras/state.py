@@ -15,15 +15,15 @@ class Stateful:
     name: str
     built: bool
     variables: list[Any]
-    _copied: Any = None  # weights of the optimizer that this one is an unbuilt copy of
+    _copied: Any = ()  # weights of the optimizer that this one is an unbuilt copy of
 
     def build(self, variables: Any) -> None:
         """Create the slots of the variables; in a copy of an optimizer that was built, with that one's values."""
         super().build(variables)  # type: ignore[misc]
-        if self._copied is not None:
+        if self._copied:
             self.built = True
             self.set_weights(self._copied)
-            self._copied = None
+            self._copied = ()
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Write values into `variables`, in their order. Raises ValueError for a wrong count or shape; nothing is written then."""
@@ -53,7 +53,7 @@ class Stateful:
 
     def __reduce__(self) -> Any:
         # A copy is not built, so that Keras's own loses the state; this one takes it when it is.
-        weights = [variable.numpy() for variable in self.variables] if self.built else self._copied
+        weights = [variable.numpy() for variable in self.variables] if self.built else list(self._copied)
         return _copy, (type(self), self.get_config(), weights)  # type: ignore[attr-defined]
 
 

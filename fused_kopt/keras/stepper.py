@@ -57,7 +57,7 @@ class Stepper:
         self._plans: dict[Any, Plan] = {}
         self._overwrites: bool | None = None  # whether any variable takes its gradient as its value (fp8 scales)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def apply(self, grads: Any, trainable_variables: Any = None, unscale: float | None = None) -> None:
         """`Optimizer.apply`. unscale: what the gradients are divided by, if not by the optimizer's loss_scale_factor."""
         if len(grads) == 0:
@@ -85,7 +85,9 @@ class Stepper:
         optimizer = self.optimizer
         chosen = list(optimizer._trainable_variables if variables is None else variables)
         if not chosen:
-            raise ValueError("There is nothing to describe before the optimizer is built. Pass variables: describe(model.trainable_variables).")
+            raise ValueError(
+                "There is nothing to describe before the optimizer is built. Pass variables: describe(model.trainable_variables)."
+            )
         self._executor()
         given = values(v for v in chosen if not optimizer._overwrite_variable_with_gradient(v))
         pairs = gradients.check([(v.detach() if v.grad is None else v.grad, v) for v in given])
@@ -143,7 +145,7 @@ class Stepper:
         count = int(self._host.read(self.optimizer._iterations))
         if count >= LAST:
             raise OverflowError(
-                f"The optimizer {self.optimizer.name!r} has counted {LAST:,} steps, which is where Keras's int32 ends. Nothing was updated. "
+                f"The optimizer {self.optimizer.name!r} has counted {LAST:,} steps: there Keras's int32 ends. Nothing was updated. "
                 "Set a lower count, optimizer.iterations.assign(n): from n = 100,000 on only schedules depend on it."
             )
         return count
@@ -176,14 +178,14 @@ class Stepper:
         scalars, rule = declaration.scalars(optimizer, step), declaration.rule(optimizer)
         carried = declaration.carried(optimizer, step)
         names: list[str] = []
-        rows: list[tuple[float, ...]] = [()]
+        rows: Sequence[tuple[float, ...]] = [()]
         if plan.decays:
             rule, names = options.around(options.decayed, rule), ["decay"]
             rows = [(1 - optimizer.weight_decay * step.rate,), (1.0,)][: 1 if plan.which is None else 2]
         if optimizer.use_ema:
             rule, names = options.around(options.averaged, rule), [*names, *Momentum._fields]
             rows = [row + self._momentum(step) for row in rows]
-        kind = options.extended(type(scalars), *names) if names else type(scalars)
+        kind: Any = options.extended(type(scalars), *names) if names else type(scalars)  # type: ignore[type-var]
         numbers = [kind(*scalars, *row) for row in rows]
         given = Borrowed(values(plan.variables), grads, [values(column) for column in plan.slots], plan.names, plan.which)
         sums = self.recorder.start(step.t)

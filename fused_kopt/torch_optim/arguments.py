@@ -1,7 +1,7 @@
 """What users write: torch's words or Keras's, numbers of any kind, options; checked, and turned into plain groups."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_kopt import tensors
+from fused_kopt.clipping import Clips
 from fused_kopt.execute import EXECUTORS, Executor
 from fused_kopt.hyperparameters import NUMBER
 
@@ -49,8 +50,6 @@ class WithRho(Options, total=False):
 SPELLINGS = {"learning_rate": "lr", "epsilon": "eps", "rho": "alpha", "decay": "lr_decay", "schedule_decay": "momentum_decay"}
 BETAS = ("beta_1", "beta_2")
 OWN = {"clipvalue": None, "clipnorm": None, "global_clipnorm": None, "executor": "auto", "amp": None, "stats_every": 0}
-# How torch executes a step: one launch here, whatever they say.
-IGNORED = ("foreach", "fused")
 # What is refused unless it is as here, and what to do instead.
 REFUSED: dict[str, tuple[Any, str]] = {
     "maximize": (False, "Minimize the negative loss."),
@@ -87,17 +86,24 @@ def split(cls: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
         raise TypeError(f"{cls} got an unexpected keyword argument {unknown[0]!r}. Allowed besides its own: {allowed}.")
     refuse(cls, options)
     own = {name: options.get(name, value) for name, value in OWN.items()}
-    for name in ("clipvalue", "clipnorm", "global_clipnorm"):
-        if own[name] is not None and not own[name] >= 0:
-            raise ValueError(f"`{name}` must be a number >= 0 or None. Received: {name}={own[name]!r}.")
-    if own["clipnorm"] is not None and own["global_clipnorm"] is not None:
-        given = f"clipnorm={own['clipnorm']}, global_clipnorm={own['global_clipnorm']}"
-        raise ValueError(f"`clipnorm` and `global_clipnorm` exclude each other, as in Keras. Received: {given}. Pass one of them.")
+    check_clips(Clips(1.0, own["clipvalue"], own["clipnorm"], own["global_clipnorm"]))
     if own["executor"] not in EXECUTORS:
         raise ValueError(f"`executor` must be one of {EXECUTORS}. Received: executor={own['executor']!r}.")
     if own["amp"] not in (None, "fused"):
         raise ValueError(f"`amp` must be None or 'fused'. Received: amp={own['amp']!r}.")
     return {name: value for name, value in options.items() if name in SPELLINGS or name in BETAS}, own
+
+
+def check_clips(clips: Clips) -> None:
+    """Raises TypeError or ValueError for limits that are no numbers >= 0, and for two limits on norms."""
+    for name, value in clips._asdict().items():
+        if value is not None and not isinstance(value, NUMBER):
+            raise TypeError(f"`{name}` must be a number >= 0 or None. Received: {name}={value!r}.")
+        if value is not None and not value >= 0:
+            raise ValueError(f"`{name}` must be a number >= 0 or None. Received: {name}={value!r}.")
+    if clips.clipnorm is not None and clips.global_clipnorm is not None:
+        given = f"clipnorm={clips.clipnorm}, global_clipnorm={clips.global_clipnorm}"
+        raise ValueError(f"`clipnorm` and `global_clipnorm` exclude each other, as in Keras. Received: {given}. Pass one of them.")
 
 
 def refuse(cls: str, values: Mapping[str, Any]) -> None:
@@ -149,7 +155,7 @@ def plain(name: str, value: Any) -> Any:
     """A value as checkpoints keep it: numpy's and Keras's scalars as Python's; 0-d tensors stay, schedulers write into them."""
     if name == "betas":
         return tuple(plain(one, beta) for one, beta in zip(BETAS, _pair(value), strict=True))
-    if isinstance(value, (bool, np.bool_)) or name not in RANGES:
+    if name not in RANGES:  # a switch
         return bool(value)
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.dtype.is_floating_point:
@@ -168,9 +174,11 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
             raise ValueError(f"`{name}` must be in {ends[0]}{low}, {high}{')' if high == math.inf else ends[1]}. Received: {name}={value}.")
 
 
-def check_parameters(group: Mapping[str, Any], index: int) -> None:
-    """Raises ValueError for a parameter given twice in a group, TypeError for one that no step can update."""
-    given = list(group["params"]) if isinstance(group["params"], Iterable) else []
+def check_parameters(given: Any, index: int) -> Any:
+    """A group's parameters, in a list. Raises ValueError for one given twice, TypeError for one that no step can update."""
+    if isinstance(given, (Tensor, set)):  # torch takes one tensor, and refuses a set
+        return given
+    given = list(given)
     seen: dict[int, str] = {}
     for position, item in enumerate(given):
         label, param = item if isinstance(item, tuple) and len(item) == 2 else (position, item)
@@ -181,6 +189,7 @@ def check_parameters(group: Mapping[str, Any], index: int) -> None:
         if isinstance(param, Tensor) and param.requires_grad and param.dtype not in tensors.FLOATING:
             allowed = "float16, bfloat16, float32 or float64"
             raise TypeError(f"{what} must be floating point ({allowed}), got {param.dtype}. Leave it out of the list.")
+    return given
 
 
 def name(group: Mapping[str, Any], index: int, position: int) -> str:

@@ -68,7 +68,7 @@ class Contract(torch.optim.Optimizer):
             raise TypeError(f"A parameter group must be a dict. Received: {type(param_group).__name__}.")
         arguments.refuse(cls, param_group)
         group = arguments.respelled(cls, param_group, self.defaults)
-        arguments.check_parameters(group, len(self.param_groups))
+        group["params"] = arguments.check_parameters(group["params"], len(self.param_groups))
         super().add_param_group(group)
 
     @property

@@ -73,6 +73,8 @@ class Ftrl(Optimizer):
         return ftrl.ftrl_power_shrunk if shrunk else ftrl.ftrl_power
 
     def scalars(self, group: Mapping[str, Any], step: Step) -> Any:
+        if not float(group["lr"]) > 0:
+            raise ValueError(f"Ftrl divides by the learning rate, which must be > 0. Received: lr={group['lr']}. Start schedules above 0.")
         names = ("l1_regularization_strength", "l2_regularization_strength", "l2_shrinkage_regularization_strength", "beta")
         strengths = ftrl.Strengths(*(group[name] for name in names))
         return ftrl.derive(step, step.number(group["lr"]), group["learning_rate_power"], strengths)

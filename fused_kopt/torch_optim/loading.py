@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_kopt import layout
 from fused_kopt.torch_optim import arguments
-from fused_kopt.torch_optim.members import is_sharded
+from fused_kopt.torch_optim.members import sharded
 
 Kinds = Mapping[str, tuple[torch.dtype, float]]
 
@@ -72,9 +72,9 @@ def _slot(value: Any, param: Tensor, name: str, what: str, owner: Loader) -> Ten
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.shape != param.shape:
         got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name!r} of {what} must be a floating tensor of its parameter's shape. Received: {got}.")
-    if is_sharded(param) != is_sharded(value):
+    if isinstance(param, sharded()) != isinstance(value, sharded()):
         raise TypeError(
-            f"{name!r} of {what} is {'no' if is_sharded(param) else 'a'} DTensor, unlike the parameter. "
+            f"{name!r} of {what} is {'no' if isinstance(param, sharded()) else 'a'} DTensor, unlike the parameter. "
             "Load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
         )
     own: Tensor | None = owner.state.get(param, {}).get(name)

@@ -66,6 +66,8 @@ class Sighting(NamedTuple):
     """Which have no gradient; None for none."""
     rules: list[Rule]
     """By group."""
+    decaying: bool
+    """Whether the rules have weight decay around them."""
 
     def same(self, other: "Sighting") -> bool:
         """Whether the members are the same."""
@@ -79,7 +81,7 @@ class Members:
     def __init__(self, seen: Sighting, names: list[str]) -> None:
         self.seen, self.names = seen, names
         self.params = present(seen.params, seen.absent)
-        self.sharded = any(map(is_sharded, self.params))
+        self.sharded = any(isinstance(param, sharded()) for param in self.params)
         self.wide = np.array([param.dtype == torch.float64 for param in self.params])
         groups = np.array(present([i for i, size in enumerate(seen.sizes) for _ in range(size)], seen.absent))
         self.parts = [_part(rule, seen.rules, groups) for rule in dict.fromkeys(seen.rules[i] for i in groups)]
@@ -105,20 +107,20 @@ def present(values: list[Any], absent: list[bool] | None) -> list[Any]:
     return values if absent is None else [value for value, gone in zip(values, absent, strict=True) if not gone]
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor. Its module takes 1 s to import: who has one has imported it."""
+def sharded() -> Any:
+    """The class of sharded tensors, or no class where nobody has imported it, which takes 1 s."""
     module: Any = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return () if module is None else module.DTensor
 
 
-def local(tensors: Sequence[Any]) -> list[Tensor]:
-    """The memory of DTensors on this rank. `to_local()` takes 11 us for each."""
-    return [tensor._local_tensor if is_sharded(tensor) else tensor for tensor in tensors]
+def local(tensors: Sequence[Any]) -> list[Any]:
+    """The memory of sharded tensors on this rank. `to_local()` takes 11 us for each."""
+    kind = sharded()
+    return [tensor._local_tensor if isinstance(tensor, kind) else tensor for tensor in tensors]
 
 
 def placed(gradients: Sequence[Any], params: Sequence[Any]) -> list[Any]:
     """Gradients as their parameters are placed: those of a tensor-parallel norm may still be partial sums."""
-    return [
-        g.redistribute(placements=p.placements) if is_sharded(g) and is_sharded(p) and g.placements != p.placements else g
-        for g, p in zip(gradients, params, strict=True)
-    ]
+    kind = sharded()
+    both = zip(gradients, params, strict=True)
+    return [g.redistribute(placements=p.placements) if isinstance(g, kind) and g.placements != p.placements else g for g, p in both]

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from itertools import chain, repeat
 from operator import is_not
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from fused_kopt import borrowed, description, layout
 from fused_kopt.borrowed import Borrowed, Borrower, Task
 from fused_kopt.clipping import Clips
 from fused_kopt.description import Description
-from fused_kopt.recording import StepStats
+from fused_kopt.recording import StepStats, Sums
 from fused_kopt.replays import capturing
 from fused_kopt.torch_optim import arguments, members, rows
 from fused_kopt.torch_optim.contract import Contract
@@ -22,6 +22,16 @@ from fused_kopt.torch_optim.rows import Rows
 
 # Sets of parameters with gradients that are kept, as launches are (fused_kopt.repeats).
 KEPT = 4
+
+
+class Job(NamedTuple):
+    """One part's share of a step."""
+
+    part: Part
+    places: Any
+    """int64, where its counters lie."""
+    numbers: Rows
+    launch: Callable[[], None]
 
 
 class Optimizer(Contract):
@@ -94,7 +104,7 @@ class Optimizer(Contract):
                 for position, param in enumerate(group["params"]):
                     if param.requires_grad or param.grad is not None:
                         pair = members.local([param.detach() if param.grad is None else param.grad, param])
-                        parts.setdefault(rule, []).append((*pair, arguments.name(group, index, position)))  # type: ignore[arg-type]
+                        parts.setdefault(rule, []).append((*pair, arguments.name(group, index, position)))
             clips = Clips(1.0, self.clipvalue, self.clipnorm, self.global_clipnorm)
             found = []
             for rule, mine in parts.items():
@@ -120,23 +130,19 @@ class Optimizer(Contract):
             grads = members.present(grads, absent)
         if not grads:
             return
-        found_rules, decaying = rows.rules(self)
-        seen = Sighting(params, [len(group["params"]) for group in self.param_groups], absent, found_rules)
+        seen = Sighting(params, [len(group["params"]) for group in self.param_groups], absent, *rows.rules(self))
         found = self._members(seen, grads)
         if found is None:
             return
         if found.sharded:
             grads = members.local(members.placed(grads, found.params))
-        tasks = [self._task(part, found, decaying) for part in found.parts]
         number = self._number(found) if self._recorder.every else 0
-        clips, sums, launches = self._clips(scale, found), self._recorder.start(number), []
-        for part, (task, given, _) in zip(found.parts, tasks, strict=True):
-            borrower = self._borrowers.setdefault(part.rule, Borrower(self._executor))
-            launches.append(borrower.prepare(task._replace(clips=clips, sums=sums), given._replace(gradients=part.select(grads))))
-        for launch in launches:
-            launch()
-        for part, (_, _, numbers) in zip(found.parts, tasks, strict=True):
-            self._count(part, found, numbers)
+        clips, sums = self._clips(scale, found), self._recorder.start(number)
+        jobs = [self._job(part, found, grads, clips, sums) for part in found.parts]
+        for job in jobs:
+            job.launch()
+        for job in jobs:
+            self._count(job, found)
         if sums is not None:
             self._recorder.finish(sums, float(self.param_groups[0]["lr"]), number)
 
@@ -187,6 +193,7 @@ class Optimizer(Contract):
 
     def _clips(self, scale: float, found: Members) -> Clips:
         clips = Clips(scale, self.clipvalue, self.clipnorm, self.global_clipnorm)
+        arguments.check_clips(clips)
         if clips.by_norm and found.sharded:
             raise ValueError("Norms of sharded parameters need all ranks. Use torch.nn.utils.clip_grad_norm_ in place of clipnorm.")
         if clips.global_clipnorm is not None and len(found.parts) > 1:
@@ -194,24 +201,27 @@ class Optimizer(Contract):
             raise ValueError(f"`global_clipnorm` needs one rule for all groups; these have {rules}. Use torch.nn.utils.clip_grad_norm_.")
         return clips
 
-    def _task(self, part: Part, found: Members, decaying: bool) -> tuple[Task, Borrowed, Rows]:
+    def _job(self, part: Part, found: Members, grads: list[Tensor], clips: Clips, sums: Sums | None) -> Job:
+        """One part's launch, prepared: nothing has been written, and nothing more can be wrong with what it was given."""
         assert self._counters is not None
         places, states = part.select(found.places(self._counters)), list(self.state.values())
-        numbers = Rows(self, part, {name: values[places] for name, values in self._counters.values.items()}, decaying)
+        numbers = Rows(self, part, {name: values[places] for name, values in self._counters.values.items()}, found.seen.decaying)
         groups = [self.param_groups[i] for i in part.groups]
         mine, variables = [states[i] for i in places.tolist()], part.select(found.params)
-        columns = [[state[name] for state in mine] for name in self.slots(groups[0])]
+        slots = [[state[name] for state in mine] for name in self.slots(groups[0])]
         if found.sharded:
-            variables, columns = members.local(variables), [members.local(column) for column in columns]
-        given = Borrowed(variables, (), columns, part.select(found.names), numbers.which)
-        return Task(part.rule, numbers.of, exact=all(map(self.exact, groups))), given, numbers
+            variables, slots = members.local(variables), [members.local(column) for column in slots]
+        given = Borrowed(variables, part.select(grads), slots, part.select(found.names), numbers.which)
+        borrower = self._borrowers.setdefault(part.rule, Borrower(self._executor))
+        launch = borrower.prepare(Task(part.rule, numbers.of, clips, all(map(self.exact, groups)), sums), given)
+        return Job(part, places, numbers, launch)
 
-    def _count(self, part: Part, found: Members, numbers: Rows) -> None:
+    def _count(self, job: Job, found: Members) -> None:
         assert self._counters is not None
-        places, values = part.select(found.places(self._counters)), self._counters.values
-        values["step"][places] += 1
+        values, which = self._counters.values, job.numbers.which
+        values["step"][job.places] += 1
         if "mu_product" in values:
-            wide = part.select(found.wide)
-            for dtype, products in numbers.products.items():
+            wide = job.part.select(found.wide)
+            for dtype, products in job.numbers.products.items():
                 mine = wide == (dtype == torch.float64)
-                values["mu_product"][places[mine]] = products[numbers.which[mine]]
+                values["mu_product"][job.places[mine]] = products[which[mine]]
