@@ -125,8 +125,8 @@ class Borrower:
         entries = [Entry(g, v, row) for (g, v), row in zip(pairs, rows, strict=True)]
         with torch.no_grad():
             launches = [_launch(bucket, members, entries, given, task) for bucket, members in _buckets(pairs, given.slots)]
-        for launch in launches:
-            launch.update.sums = None if task.sums is None else task.sums.on(launch.update.bucket.device)
+        for each in launches:
+            each.update.sums = None if task.sums is None else task.sums.on(each.update.bucket.device)
         chosen = [verification.proven(launch.update, executors[launch.update.bucket.device], self.executor) for launch in launches]
 
         def launch() -> None:
