@@ -28,7 +28,6 @@ KEYWORDS = {"__init__", "_config", "check_not_negative"}
 
 OPTIMIZERS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", "registry", "rmsprop", "sgd")
 KERAS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", "rmsprop", "sgd")
-KERAS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", "rmsprop", "sgd")
 # From the bottom: a module imports from layers below its own, never upward, never sideways.
 LAYERS = (
     ("aggregate", "errors", "layout", "op", "optimizers.schedules", "slots", "tape", "tensors"),
@@ -45,12 +44,6 @@ LAYERS = (
     ("optimizer",),
     tuple(f"optimizers.{name}" for name in OPTIMIZERS),
     ("optimizers",),
-    ("keras.declaration", "keras.host", "keras.plan"),
-    ("keras.state", "keras.stepper"),
-    ("keras.fused",),
-    ("keras.loss_scale", *(f"keras.{name}" for name in KERAS)),
-    ("keras.fusing",),
-    ("keras",),
     ("keras.declaration", "keras.host", "keras.plan"),
     ("keras.state", "keras.stepper"),
     ("keras.fused",),
@@ -132,7 +125,7 @@ class Import(NamedTuple):
 @functools.cache
 def sources() -> dict[str, Path]:
     """Module name (without the package's) to file; the link is followed once, as kernels."""
-    folders = ("fused_kopt", "fused_kopt/optimizers", "fused_kopt/keras", "fused_kopt/keras", "fused_kopt/checkpoint", "fused_kopt/commands", "kernels")
+    folders = ("fused_kopt", "fused_kopt/optimizers", "fused_kopt/keras", "fused_kopt/checkpoint", "fused_kopt/commands", "kernels")
     files = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
     return {re.sub(r"^fused_kopt\.|\.?__init__$", "", ".".join(f.relative_to(ROOT).with_suffix("").parts)): f for f in files}
 
