@@ -14,6 +14,7 @@ from fused_kopt.buffers import Bucket
 from fused_kopt.clipping import Clips
 from fused_kopt.execute import Executor, Rule
 from fused_kopt.layout import Segment
+from fused_kopt.recording import Sums
 from fused_kopt.repeat import Scalars
 from fused_kopt.repeats import Repeats
 from fused_kopt.slots import Slot
@@ -49,6 +50,8 @@ class Task(NamedTuple):
     """What happens to gradients before the rule."""
     exact: bool = True
     """Whether executors owe each other equal bits."""
+    sums: Sums | None = None
+    """From `Recorder.start`, where the step is measured. Several tasks of a step may share it."""
 
 
 def check(pairs: Pairs, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
@@ -77,19 +80,20 @@ class Borrower:
         scalars: Callable[[torch.dtype], Sequence[Any]],
         clips: Clips = NO_CLIPS,
         exact: bool = True,
+        sums: Sums | None = None,
     ) -> None:
         """Update variables and slots in place: one launch per device and dtypes. Arguments: see Borrowed and Task.
 
         Raises what `Optimizer.apply_gradients` raises for gradients and variables, and ValueError or TypeError for slots that
         do not fit; nothing has been written then.
         """
-        self.prepare(Task(rule, scalars, clips, exact), given)()
+        self.prepare(Task(rule, scalars, clips, exact, sums), given)()
 
     def prepare(self, task: Task, given: Borrowed) -> Callable[[], None]:
         """What takes the step: to be called once, before another is prepared. Raises what `step` raises; nothing is written before."""
         slots = list(itertools.chain.from_iterable(given.slots))
         repeat = self._repeats.match(given.gradients, given.variables, self.executor, slots)
-        if repeat is None or not repeat.applies(task.rule, task.clips):
+        if repeat is None or not repeat.applies(task.rule, task.clips, task.sums):
             launch = self._anew(task, given, slots)
         else:
             found = {
@@ -101,7 +105,7 @@ class Borrower:
                     update.rows = found[id(update)][1]
                 repeat.bind()
             repeat.clip(task.clips)
-            launch = functools.partial(repeat.run, lambda update: found[id(update)])
+            launch = functools.partial(repeat.run, lambda update: found[id(update)], task.sums)
 
         def take() -> None:
             launch()
@@ -121,10 +125,12 @@ class Borrower:
         entries = [Entry(g, v, row) for (g, v), row in zip(pairs, rows, strict=True)]
         with torch.no_grad():
             launches = [_launch(bucket, members, entries, given, task) for bucket, members in _buckets(pairs, given.slots)]
+        for each in launches:
+            each.update.sums = None if task.sums is None else task.sums.on(each.update.bucket.device)
         chosen = [verification.proven(launch.update, executors[launch.update.bucket.device], self.executor) for launch in launches]
 
         def launch() -> None:
-            updates.run(launches, chosen)
+            updates.run(launches, chosen, task.sums)
             self._repeats.learn(pairs, launches, chosen, self.executor, slots)
             for each in launches:
                 each.update.bucket.borrow({})  # repeats need addresses only: the owner of the slots may free them

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from fused_kopt import aggregate, hyperparameters, state
 from fused_kopt.execute import Executor
 from fused_kopt.hyperparameters import Hyperparameter, Options
+from fused_kopt.recording import Recorder
 from fused_kopt.repeats import Repeats
 from fused_kopt.replays import Replays
 from fused_kopt.slots import Slot, SlotGroups
@@ -45,6 +46,7 @@ class Contract(ABC):
         self._aggregator: Callable[..., Any] = options.get("gradient_aggregator") or aggregate.all_reduce_sum
         self._executor: Executor = options.get("executor", "auto")
         self.verify_every = options.get("verify_every", 0)
+        self._recorder = Recorder(options.get("stats_every", 0))
         self._name = name or _unique_name(type(self))
         self._hyper: dict[str, Any] = {}
         self._hypers_created = False

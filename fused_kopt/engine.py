@@ -15,6 +15,7 @@ from fused_kopt.errors import StaleVariableError, TornStepError
 from fused_kopt.execute import Chosen, Rule, Update
 from fused_kopt.flat import Flat
 from fused_kopt.hyperparameters import Step
+from fused_kopt.recording import Sums
 from fused_kopt.repeat import Repeat, Scalars
 from fused_kopt.replays import Replays, capturing
 from fused_kopt.updates import Entry, Launch, Recipe, SparseRows
@@ -122,23 +123,24 @@ class Engine(Contract):
     def _apply(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         with hyperparameters.restored_on_error(self):
             prepared = self._prepare(pairs)
-            verifying = self._verifying()
+            verifying, sums = self._verifying(), self._measuring()
             self._begin(prepared.variables)
-        for number, launches in enumerate(self._rounds(prepared)):
+        for number, launches in enumerate(self._rounds(prepared, sums)):
             jobs = [(launch.update, prepared.executors[launch.update.bucket.device]) for launch in launches]
             jobs = [(update, verification.proven(update, executor, self._executor)) for update, executor in jobs]
             if verifying:
                 verification.check(jobs, "Earlier gradients of this call were applied." if self._torn else "Nothing was written.")
             self._torn = True
             chosen = [executor for _, executor in jobs]
-            updates.run(launches, chosen)
+            updates.run(launches, chosen, sums)
             if not number:
                 self._repeats.learn(pairs, launches, chosen, self._executor)
-        return self._finish(prepared.variables, prepared.steps)
+        return self._finish(prepared.variables, prepared.steps, sums)
 
     def _again(self, given: Flat | Sequence[Any], aggregated: bool) -> Tensor | None:
         """The step of a Flat, or of gradients and variables in turn, by the launches of an earlier one like it; None if there is none."""
-        repeat = self._known(given, aggregated)
+        sums = self._measuring()
+        repeat = self._known(given, aggregated, sums)
         if repeat is None:
             return None
         repeat.clip(self._clipping())
@@ -147,8 +149,8 @@ class Engine(Contract):
         steps: dict[torch.dtype, Step] = {}
         scalars = self._scalars_of(repeat.updates, steps)
         self._torn = True
-        repeat.run(scalars)
-        return self._finish(repeat.variables, steps)
+        repeat.run(scalars, sums)
+        return self._finish(repeat.variables, steps, sums)
 
     def _step_of(self, replays: Replays) -> Tensor:
         self._torn = not capturing()
@@ -159,35 +161,34 @@ class Engine(Contract):
         self._torn = False
         return self.iterations
 
-    def _known(self, given: Flat | Sequence[Any], aggregated: bool) -> Repeat | None:
+    def _known(self, given: Flat | Sequence[Any], aggregated: bool, sums: Sums | None = None) -> Repeat | None:
         """The launches of an earlier step like this one."""
         reduced = aggregated and (self._aggregator is not aggregate.all_reduce_sum or aggregate.replicated())
         if self._transformers or self._verifying() or reduced:
             return None
         clips = self._clipping()
         if isinstance(given, Flat):
-            repeat = self._repeats.of(given, clips.clipnorm is None and not self._multipliers, self._executor)
+            # what lies between the variables of a Flat would be measured too, and is NaN where an epsilon is 0
+            together = clips.clipnorm is None and not self._multipliers and sums is None
+            repeat = self._repeats.of(given, together, self._executor)
         else:
             repeat = self._repeats.find(given, self._executor)
-        return repeat if repeat is not None and repeat.applies(self.rule(), clips) else None
-
-    def _repeatable(self, given: Flat | Sequence[Any]) -> Repeat:
-        """The same, or RuntimeError."""
-        repeat = self._known(given, aggregated=True)
-        if repeat is None:
-            raise RuntimeError(
-                "No step like this one can be repeated. Take one with these gradients and variables first, on a fused executor."
-            )
-        return repeat
+        return repeat if repeat is not None and repeat.applies(self.rule(), clips, sums) else None
 
     def _verifying(self) -> bool:
         return bool(self.verify_every) and (self._state.steps_taken() + 1) % self.verify_every == 0
 
-    def _finish(self, variables: Sequence[Tensor], steps: Mapping[torch.dtype, Step]) -> Tensor:
+    def _measuring(self) -> Sums | None:
+        """Where this step is measured; None if it is not. A captured step would be at every replay, and nobody told."""
+        return None if self._replays is not None else self._recorder.start(self._state.steps_taken() + 1)
+
+    def _finish(self, variables: Sequence[Tensor], steps: Mapping[torch.dtype, Step], sums: Sums | None) -> Tensor:
         torch.autograd.graph.increment_version(variables)
         self._commit(steps)
         self._state.count()
         self._torn = False
+        if sums is not None:
+            self._recorder.finish(sums, float(next(iter(steps.values())).rate), self._state.steps_taken())
         return self.iterations
 
     def _prepare(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Prepared:
@@ -206,10 +207,10 @@ class Engine(Contract):
     def _clipping(self) -> Clips:
         return Clips(self.grad_scale, self.clipvalue, self.clipnorm, self.global_clipnorm)
 
-    def _rounds(self, prepared: Prepared) -> Iterator[list[Launch]]:
+    def _rounds(self, prepared: Prepared, sums: Sums | None = None) -> Iterator[list[Launch]]:
         for entries in updates.rounds(prepared.entries, self._state):
             with torch.no_grad():  # not around the yield: a traceback that keeps this frame would keep gradients off
-                launches = updates.plan(entries, self._state, lambda bucket: prepared.recipes[(bucket.device, bucket.dtype)])
+                launches = updates.plan(entries, self._state, lambda bucket: prepared.recipes[(bucket.device, bucket.dtype)], sums)
             yield launches
 
     def _recipe(self, key: tuple[torch.device, torch.dtype], steps: dict[torch.dtype, Step]) -> Recipe:

@@ -51,6 +51,9 @@ class Update:
     """Compute dtype, 1-D: where launches read `scalars` (or all `rows`) on the device, in place of these."""
     tables: dict[torch.dtype, Any] | None = None
     """What `segment_tables` returns, where the addresses are known without the tensors."""
+    sums: Tensor | None = None
+    """float64 [3] on the bucket's device, to which the launch adds the squares of the gradients (`prepare.scale`), of the steps and
+    of the new variables, both as stored. None: no sums."""
 
     def blocks(self, block: int) -> Any:
         """The block table of the bucket."""
@@ -82,7 +85,7 @@ class Update:
         bucket.adopt(list(self.bucket.variables), list(self.bucket.segments), flat)
         if not flat:
             bucket.borrow({name: [layout.clone(v, v.stride()) for v in self.bucket.views[name] if v is not None] for name in self.names})
-        return replace(self, bucket=bucket, variables=variables)
+        return replace(self, bucket=bucket, variables=variables, sums=None if self.sums is None else torch.zeros_like(self.sums))
 
 
 def _reference(update: Update) -> None:
@@ -96,26 +99,37 @@ def _reference(update: Update) -> None:
         if variable is None or gradient is None:
             continue
         slots = [bucket.view(name, index) for name in update.names]
-        g = gradient.to(compute)
+        g = raw = gradient.to(compute)
         if update.factors is not None:
-            g = prepare.scale_and_clip(g, update.factors[index].unbind())
+            factors = update.factors[index].unbind()
+            g, raw = prepare.scale_and_clip(g, factors), prepare.scale(g, factors)
+        before = None if update.sums is None else variable.clone()
         scalars = type(update.scalars)(*rows[0 if update.rows is None else index].unbind())
         p, values = update.rule(variable.to(compute), g, tuple(slot.to(compute) for slot in slots), scalars)
         variable.copy_(p)
         for slot, value in zip(slots, values, strict=True):
             slot.copy_(value)
+        if update.sums is not None and before is not None:
+            update.sums += squares(raw, before, variable)
+
+
+def squares(gradient: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """float64 [3]: the sums of the squares of a gradient, of a variable's step, and of the variable after it."""
+    gradient, before, after = gradient.double(), before.double(), after.double()
+    return torch.stack([x.square().sum() for x in (gradient, after - before, after)])
 
 
 def bind(update: Update, executor: Chosen) -> Callable[[Sequence[float], Tensor | None], None]:
     """A function of scalars and factors that executes an update at its present addresses: what repeated steps call."""
-    how = prepare.keep if update.factors is None else prepare.scale_and_clip
+    how, what = (prepare.keep, prepare.keep) if update.factors is None else (prepare.scale_and_clip, prepare.scale)
+    measured = None if update.sums is None else what
     if executor == "triton":
         from fused_kopt.kernels import launch
 
-        return launch.bind(update, how)
+        return launch.bind(update, how, measured)
     from fused_kopt.kernels import cpp_launch
 
-    return cpp_launch.bind(update, how)
+    return cpp_launch.bind(update, how, measured)
 
 
 @functools.cache

@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
     gradient_transformers: Sequence[Callable[[Pairs], Pairs]] | None
     executor: Executor
     verify_every: int
+    stats_every: int
 
 
 _NOT_NEGATIVE = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay")
@@ -199,7 +200,7 @@ class Step:
     """What `scalars` derives a step's numbers from: numpy scalars of one dtype, so that every operation rounds as Keras's does.
 
     Attributes: `dtype` np.float32 or np.float64, `iterations` the count before this step, `t` the 1-based step in `dtype`,
-    `multiplier` what a variable's learning rate is multiplied by.
+    `multiplier` what a variable's learning rate is multiplied by, `rate` the learning rate once it has been asked for.
     """
 
     def __init__(self, iterations: int, dtype: torch.dtype, multiplier: float = 1.0) -> None:
@@ -208,6 +209,7 @@ class Step:
         self.torch_dtype = dtype
         self.iterations = iterations
         self.t = self.dtype(iterations + 1)
+        self.rate: Any = math.nan  # what learning_rate returned
         self.cache: Any = None  # what a rule's scalars leave for its _commit
 
     def number(self, value: Any) -> Any:
@@ -241,4 +243,5 @@ class Step:
         rate = self.number(value)
         if decay > 0:
             rate = rate / (1 + self.number(decay) * self.dtype(self.iterations))
-        return rate if self.multiplier == 1.0 else rate * self.number(self.multiplier)
+        self.rate = rate if self.multiplier == 1.0 else rate * self.number(self.multiplier)
+        return self.rate

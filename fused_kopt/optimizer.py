@@ -12,6 +12,7 @@ from fused_kopt.description import Description
 from fused_kopt.engine import Engine
 from fused_kopt.execute import Executor
 from fused_kopt.flat import Flat
+from fused_kopt.recording import StepStats
 from fused_kopt.repeats import Repeats, flattened
 from fused_kopt.replays import Replays
 
@@ -31,6 +32,7 @@ class Optimizer(Engine):
             or "compiled".
         verify_every: every so many steps, run the step on copies through the reference as well and raise
             FusedMismatchError on any difference, before anything is written. Default 0: never.
+        stats_every: every so many steps, the launch adds up what `last_stats` returns. Default 0: never.
 
     Raises TypeError for unknown options, ValueError for negative or contradictory ones. Steps of several threads queue.
     """
@@ -114,7 +116,11 @@ class Optimizer(Engine):
             raise ValueError(f"`steps` must be at least 1. Received: steps={steps}.")
         with self._one_step():
             given = grads_and_vars if isinstance(grads_and_vars, Flat) else flattened(grads_and_vars)[1]
-            repeat = self._repeatable(given)
+            repeat = self._known(given, aggregated=True)
+            if repeat is None:
+                raise RuntimeError(
+                    "No step like this one can be repeated. Take one with these gradients and variables first, on a fused executor."
+                )
             self._replays = Replays(self, repeat, steps)
 
     def replayed(self, count: int = 1) -> None:
@@ -176,6 +182,25 @@ class Optimizer(Engine):
             pairs = gradients.check([(g, v) for g, v in given if g is not None])
             names = tuple(slot.name for slot in slots.flatten(self.slot_groups()))
             return description.describe(self._name, pairs, names, self._executor, self._clipping())
+
+    @property
+    def stats_every(self) -> int:
+        """So many steps apart are steps that `last_stats` knows; 0 for none. May be changed between steps."""
+        return self._recorder.every
+
+    @stats_every.setter
+    def stats_every(self, value: int) -> None:
+        self._recorder.every = value
+
+    def last_stats(self) -> StepStats | None:
+        """Norms, learning rate and iterations of the last step that `stats_every` chose; None before there is one.
+
+        The launches that update add the numbers up; no step waits for them. On a GPU this call waits for the device to have
+        taken that step. Steps of a CUDA graph are not measured. Of a sparse gradient's variable the rows that move count.
+
+        Raises RuntimeError where `stats_every` is 0 and no step was measured.
+        """
+        return self._recorder.last()
 
     def minimize(
         self,

@@ -11,6 +11,11 @@ def keep(g, f):
     return g
 
 
+def scale(g, f):
+    """What is measured: the gradient without the loss scale, before it is clipped."""
+    return g * f[0]
+
+
 def scale_and_bound(g, f):
     """What comes before a norm: loss scale and clipvalue."""
     return op.clip(g * f[0], f[1])

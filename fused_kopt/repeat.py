@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
-from fused_kopt import clipping, execute, layout, tensors
+from fused_kopt import clipping, execute, layout, tensors, verification
 from fused_kopt.buffers import Bucket
 from fused_kopt.clipping import Clips
 from fused_kopt.execute import Chosen, Executor, Rule, Update
 from fused_kopt.flat import Flat
+from fused_kopt.recording import Sums
 
 _data_ptr = Tensor.data_ptr
 
@@ -55,7 +56,7 @@ class Repeat:
         self.groups = clipping.groups(pairs) if clipped else []
         self.takes = [_take(update, places, self.groups) for update, places in zip(updates, self.places, strict=True)] if clipped else []
         self.launches: list[Callable[[Sequence[float], Tensor | None], None]] = []
-        self.updates = [replace(update, variables=[], gradients=[], tables=update.segment_tables()) for update in updates]
+        self.updates = [replace(update, variables=[], gradients=[], tables=update.segment_tables(), sums=None) for update in updates]
 
     @functools.cached_property
     def orders(self) -> list[Any]:
@@ -101,14 +102,19 @@ class Repeat:
         """Make the launches anew, for what changed in the updates."""
         self.launches = [execute.bind(update, executor) for update, executor in zip(self.updates, self.chosen, strict=True)]
 
-    def applies(self, rule: Rule, clips: Clips) -> bool:
-        """Whether the kernels are those of this rule, with or without factors."""
-        return all(update.rule is rule and (update.factors is None) == clips.neutral for update in self.updates)
+    def applies(self, rule: Rule, clips: Clips, sums: Sums | None) -> bool:
+        """Whether the kernels are those of this rule, with or without factors, and their measured twins usable where there are sums."""
+        same = all(update.rule is rule and (update.factors is None) == clips.neutral for update in self.updates)
+        if sums is None or not same:
+            return same
+        return all(verification.proven(_measured(u, sums), e, self.executor) == e for u, e in zip(self.updates, self.chosen, strict=True))
 
-    def run(self, scalars: Callable[[Update], Scalars]) -> None:
-        """Launch with each update's scalars."""
-        for update, launch in zip(self.updates, self.launches, strict=True):
+    def run(self, scalars: Callable[[Update], Scalars], sums: Sums | None = None) -> None:
+        """Launch with each update's scalars; sums: where the step is measured."""
+        for update, launch, executor in zip(self.updates, self.launches, self.chosen, strict=True):
             common, update.rows = scalars(update)
+            if sums is not None:
+                launch = execute.bind(_measured(update, sums), executor)
             launch(common, update.factors)
 
     def together(self, flat: Flat) -> "Repeat":
@@ -144,6 +150,10 @@ class Repeat:
         starts = np.array(addresses)
         executors = {update.bucket.device: executor for update, executor in zip(self.updates, self.chosen, strict=True)}
         return [g.norms.squares(starts[g.positions], g.table(clips)[0], executors[g.device]) for g in self.groups]
+
+
+def _measured(update: Update, sums: Sums) -> Update:
+    return replace(update, sums=sums.on(update.bucket.device))
 
 
 def _together(update: Update, flat: Flat) -> Update | None:

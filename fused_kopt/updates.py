@@ -11,6 +11,7 @@ from fused_kopt import clipping, execute, gradients, layout, prepare, tensors
 from fused_kopt.buffers import Bucket
 from fused_kopt.execute import Chosen, Rule, Update
 from fused_kopt.layout import clone
+from fused_kopt.recording import Sums
 from fused_kopt.slots import Slot
 from fused_kopt.state import State
 
@@ -46,6 +47,8 @@ class Launch:
 
     update: Update
     finish: list[Callable[[], object]] = field(default_factory=list)
+    sparse: "SparseEntry | None" = None
+    """Where the gradient is sparse: its pair, which is measured around the launch."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,24 @@ class Entry:
     gradient: Tensor
     variable: Tensor
     factors: Tensor | None
+
+
+@dataclass(frozen=True)
+class SparseEntry:
+    """A sparse gradient and its variable."""
+
+    entry: Entry
+    all_rows: bool
+    """Whether all rows of the variable move."""
+
+    def measure(self) -> Callable[[], Tensor]:
+        """To be called before the launch: a function that gives the sums of squares (`execute.squares`) after it."""
+        gradient, variable, factors = clipping.values(self.entry.gradient), self.entry.variable, self.entry.factors
+        if factors is not None:
+            gradient = prepare.scale(gradient.to(factors.dtype), factors)
+        rows = slice(None) if self.all_rows else torch.unique(self.entry.gradient._indices()[0])
+        before = variable[rows].clone()
+        return lambda: execute.squares(gradient, before, variable[rows])
 
 
 def rounds(entries: Sequence[Entry], state: State) -> Iterator[list[Entry]]:
@@ -84,8 +105,11 @@ def _written(entries: Sequence[Entry], state: State) -> tensors.Written:
     return tensors.Written([*(entry.variable for entry in entries), *flats])
 
 
-def plan(entries: Sequence[Entry], state: State, recipe: Callable[[Bucket], Recipe]) -> list[Launch]:
-    """The launches of one round: one per bucket for its dense gradients, one per sparse gradient. Writes nothing."""
+def plan(entries: Sequence[Entry], state: State, recipe: Callable[[Bucket], Recipe], sums: Sums | None = None) -> list[Launch]:
+    """The launches of one round: one per bucket for its dense gradients, one per sparse gradient. Writes nothing.
+
+    sums: where the round is measured.
+    """
     members: dict[int, tuple[Bucket, list[Entry]]] = {}
     for entry in entries:
         bucket = state.bucket(entry.variable)
@@ -97,6 +121,7 @@ def plan(entries: Sequence[Entry], state: State, recipe: Callable[[Bucket], Reci
         dense = [entry for entry in mine if entry.gradient.layout == torch.strided]
         if dense:
             launches.append(dense_launch(bucket, dense, how, how.rule, written))
+            launches[-1].update.sums = None if sums is None else sums.on(bucket.device)
         launches += [_sparse(bucket, entry, how, written) for entry in mine if entry.gradient.layout != torch.strided]
     return launches
 
@@ -134,6 +159,12 @@ def _row_copier(target: Tensor, rows: Tensor, source: Tensor) -> Callable[[], ob
 
 def _sparse(bucket: Bucket, entry: Entry, recipe: Recipe, written: tensors.Written) -> Launch:
     """One sparse gradient: clipped as stored, then its duplicate rows summed, then the rule on the rows it moves."""
+    launch = _sparse_launch(bucket, entry, recipe, written)
+    launch.sparse = SparseEntry(entry, recipe.sparse_rows == "all")
+    return launch
+
+
+def _sparse_launch(bucket: Bucket, entry: Entry, recipe: Recipe, written: tensors.Written) -> Launch:
     indices, values = entry.gradient._indices()[0], entry.gradient._values().to(bucket.compute)
     if entry.factors is not None:
         values = prepare.scale_and_clip(values, entry.factors.unbind())
@@ -191,10 +222,13 @@ def _touched(bucket: Bucket, variable: Tensor, rows: Tensor, sums: Tensor, recip
     return launch
 
 
-def run(launches: Sequence[Launch], executors: Sequence[Chosen]) -> None:
+def run(launches: Sequence[Launch], executors: Sequence[Chosen], sums: Sums | None = None) -> None:
     """Execute the launches of a round, and write back what ran on copies."""
     with torch.no_grad():
         for launch, executor in zip(launches, executors, strict=True):
+            measured = launch.sparse.measure() if sums is not None and launch.sparse is not None else None
             execute.run(launch.update, executor)
             for write_back in launch.finish:
                 write_back()
+            if sums is not None and measured is not None:
+                sums.on(launch.update.bucket.device).add_(measured())

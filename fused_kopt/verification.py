@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 # Executors' powers differ by up to 2 ulp, which Ftrl's difference of two roots magnifies; a damaged kernel is far off.
 POWER_BOUND = 1e-4
+
+# Sums of squares in another order: in float64 every addition of positive numbers errs by 1.1e-16 of the sum so far, and no
+# executor adds more than a few thousand one after the other.
+SUMS_BOUND = 1e-12
 
 # Elements of the known-answer test: full blocks of every executor, and a tail.
 KNOWN = 20_737
@@ -110,13 +114,18 @@ def compare_updates(update: Update, executor: Chosen) -> list[Comparison]:
     expected, actual = update.copy(), update.copy()
     execute.run(expected, "reference")
     execute.run(actual, executor)
-    found = []
+    found = [] if expected.sums is None or actual.sums is None else [_compare_sums(expected.sums, actual.sums)]
     for index, (p, q) in enumerate(zip(expected.variables, actual.variables, strict=True)):
         if p is None or q is None:
             continue
         found.append(compare(index, "variable", p, q))
         found += [compare(index, name, expected.bucket.view(name, index), actual.bucket.view(name, index)) for name in update.names]
     return found
+
+
+def _compare_sums(expected: Tensor, actual: Tensor) -> Comparison:
+    found = compare(-1, "sums", expected, actual)
+    return replace(found, equal=torch.allclose(expected, actual, rtol=SUMS_BOUND, atol=0.0, equal_nan=True))
 
 
 @functools.cache
@@ -126,7 +135,7 @@ def _known_answer(rule: Rule, key: "tuple[Any, ...]", scalars: type, exact: bool
     Triton's disk cache has no integrity check: a damaged binary would run. Compilation failures show here as well,
     before a step has begun.
     """
-    device, dtype, gradient_dtype, stored, names, clipped = key
+    device, dtype, gradient_dtype, stored, names, clipped, measured = key
     generator = torch.Generator("cpu").manual_seed(0)
     variable, gradient = (torch.rand(KNOWN, generator=generator, device="cpu") + 0.5 for _ in range(2))
     bucket = Bucket(device, dtype, stored)
@@ -135,6 +144,7 @@ def _known_answer(rule: Rule, key: "tuple[Any, ...]", scalars: type, exact: bool
     numbers = scalars(*(0.5 + i / 64 for i in range(len(scalars._fields))))  # type: ignore[attr-defined]
     factors = torch.tensor([[1.0, 0.75, 0.5, 1.5, 1.0]], dtype=bucket.compute, device=device) if clipped else None
     update = Update(bucket, [variable], [gradient.to(device, gradient_dtype)], names, rule, numbers, exact, factors)
+    update.sums = torch.zeros(3, dtype=torch.float64, device=device) if measured else None
     try:
         report = Report(executor, tuple(compare_updates(update, executor)))
     except torch.OutOfMemoryError:
@@ -152,8 +162,9 @@ def proven(update: Update, executor: Chosen, requested: Executor) -> Chosen:
     bucket = update.bucket
     if executor == "reference" or (executor == "triton" and bucket.device.type == "cpu"):
         return executor
-    for dtype in {g.dtype for g in update.gradients if g is not None}:
-        key = (bucket.device, bucket.dtype, dtype, bucket.stored, update.names, update.factors is not None)
+    for dtype in update.tables or {g.dtype for g in update.gradients if g is not None}:
+        clipped, measured = update.factors is not None, update.sums is not None
+        key = (bucket.device, bucket.dtype, dtype, bucket.stored, update.names, clipped, measured)
         reason = _known_answer(update.rule, key, type(update.scalars), update.exact, executor)
         if _usable(reason, bucket.device, executor, requested) == "reference":
             return "reference"

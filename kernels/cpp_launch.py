@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,15 +19,33 @@ _counter_lock = threading.Lock()
 _launches = 0
 
 
+_process = os.getpid()
+
+
+def _call(function: Any, *arguments: Any) -> None:
+    """Call a compiled function whose last argument is its number of threads.
+
+    In a forked child the threads that OpenMP keeps for the forking thread are gone, and it would wait for them for ever. A new
+    thread gets new ones.
+    """
+    if arguments[-1] > 1 and os.getpid() != _process:
+        thread = threading.Thread(target=function, args=arguments)
+        thread.start()
+        thread.join()
+    else:
+        function(*arguments)
+
+
 def counters() -> tuple[int, int]:
     """Launches in this process so far, and kernels built or read from the cache."""
     return _launches, kernel.cache_info().misses + norm_kernels.cache_info().misses
 
 
 @functools.cache
-def kernel(rule: Any, prepare: Any, scalars: Any, slots: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> Any:
+def kernel(rule: Any, prepare: Any, scalars: Any, slots: int, dtypes: tuple[torch.dtype, ...], measured: Any = None) -> Any:
     """The compiled function; dtypes of variable, gradient and slots. Shapes, addresses, learning rates and steps are its arguments."""
-    return _function(cpp_build.load(cpp.update_source(rule, prepare, scalars, slots, dtypes)).update, "ppippii")
+    library = cpp_build.load(cpp.update_source(rule, prepare, scalars, slots, dtypes, measured))
+    return _function(library.update, "ppippii" if measured is None else "ppippipi")
 
 
 @functools.cache
@@ -53,8 +72,11 @@ class Fixed:
         self.threads = update.bucket.segments[-1].end > ONE_THREAD
 
 
-def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], torch.Tensor | None], None]:
-    """A function of the scalars and factors that executes an update (`fused_kopt.execute.Update`): a call per gradient dtype."""
+def bind(update: Any, prepare: Any, measured: Any = None) -> Callable[[Sequence[float], torch.Tensor | None], None]:
+    """A function of the scalars and factors that executes an update (`fused_kopt.execute.Update`): a call per gradient dtype.
+
+    measured: for an update with sums, what of a gradient they are of.
+    """
     bucket = update.bucket
     if bucket.tables is None:
         bucket.tables = {}
@@ -65,7 +87,7 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], torch.Tensor |
     wide = bucket.compute == torch.float64
     row = (ctypes.c_double if wide else ctypes.c_float) * len(update.scalars)
     calls = [
-        (kernel(update.rule, prepare, kind, len(update.names), (bucket.dtype, dtype, bucket.stored)), table, table.ctypes.data)
+        (kernel(update.rule, prepare, kind, len(update.names), (bucket.dtype, dtype, bucket.stored), measured), table, table.ctypes.data)
         for dtype, table in update.segment_tables().items()
         if len(fixed.blocks)
     ]
@@ -79,10 +101,15 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], torch.Tensor |
         stride = 0 if update.rows is None else len(scalars)
         threads = torch.get_num_threads() if fixed.threads else 1
         clips = None if factors is None else factors.contiguous()
+        clip = None if clips is None else clips.data_ptr()
         for step, _, address in calls:
             with _counter_lock:
                 _launches += 1
-            step(address, fixed.address, len(fixed.blocks), None if clips is None else clips.data_ptr(), numbers, stride, threads)
+            sums = None if measured is None else torch.zeros((len(fixed.blocks), 3), dtype=torch.float64, device="cpu")
+            more = () if sums is None else (sums.data_ptr(),)
+            _call(step, address, fixed.address, len(fixed.blocks), clip, numbers, stride, *more, threads)
+            if sums is not None:
+                update.sums.add_(sums.sum(dim=0))
 
     return launch
 
@@ -95,7 +122,7 @@ def square_norms(norms: Any, table: Any, prepare: Any, row: torch.Tensor) -> tor
     threads = torch.get_num_threads() if table[:, 2].sum() > ONE_THREAD else 1
     with _counter_lock:
         _launches += 1
-    square(table.ctypes.data, norms.blocks.ctypes.data, len(norms.blocks), row.data_ptr(), partial.ctypes.data, threads)
+    _call(square, table.ctypes.data, norms.blocks.ctypes.data, len(norms.blocks), row.data_ptr(), partial.ctypes.data, threads)
     fold(partial.ctypes.data, norms.starts.ctypes.data, len(sums), sums.data_ptr())
     return sums
 

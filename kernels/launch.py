@@ -130,8 +130,11 @@ def configuration(rule: Any, device: torch.device, dtypes: tuple[torch.dtype, to
     return tuned or Config(block_size(dtypes[0]), THREADS // driver.active.get_current_target().warp_size)
 
 
-def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], Tensor | None], None]:
-    """A function of the scalars and factors that launches an update (`fused_kopt.execute.Update`): once per gradient dtype."""
+def bind(update: Any, prepare: Any, measured: Any = None) -> Callable[[Sequence[float], Tensor | None], None]:
+    """A function of the scalars and factors that launches an update (`fused_kopt.execute.Update`): once per gradient dtype.
+
+    measured: for an update with sums, what of a gradient they are of.
+    """
     bucket = update.bucket
     interpret = interprets(bucket.device)
     by_pointer = interpret or bucket.compute == torch.float64 or update.rows is not None or update.current is not None
@@ -144,7 +147,7 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], Tensor | None]
             block, warps = configuration(update.rule, bucket.device, (bucket.dtype, dtype))
         tables, kinds = _tables(update, block), [TRITON_DTYPE[kind] for kind in (bucket.dtype, dtype, bucket.stored, bucket.compute)]
         if tables.grid:
-            constants = (wrap(update.rule), wrap(prepare), build, stride, len(update.names), *kinds, block)
+            constants = (wrap(update.rule), wrap(prepare), measured and wrap(measured), build, stride, len(update.names), *kinds, block)
             calls.append((tables, tables.segments(table, dtype), constants, warps, []))
 
     def launch(scalars: Sequence[float], factors: Tensor | None) -> None:
@@ -153,14 +156,17 @@ def bind(update: Any, prepare: Any) -> Callable[[Sequence[float], Tensor | None]
             row = scalar_row(scalars if update.rows is None else update.rows, bucket) if update.current is None else update.current
             numbers = type(scalars)(*(row[i:] for i in range(len(scalars))))
         for tables, segments, constants, warps, known in calls:
-            arguments = (segments, tables.blocks, tables.unread(update) if factors is None else factors, numbers)
+            sums = None if measured is None else torch.empty((tables.grid, 3), dtype=torch.float64, device=bucket.device)
+            arguments = (segments, tables.blocks, tables.unread(update) if factors is None else factors, numbers, sums)
             _run(update_bucket, tables.grid, arguments, constants, warps, known)
+            if sums is not None:
+                update.sums.add_(sums.sum(dim=0))
 
     return launch
 
 
 def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int = 0, known: Any = None) -> None:
-    """Launch a kernel. Arguments are tensors, or tuples of tensors or floats; the first is a tensor. warps: 0 for the default.
+    """Launch a kernel. Arguments are tensors, tuples of tensors or floats, or None; the first is a tensor. warps: 0 for the default.
 
     known: a list that keeps the compiled kernel for the next launch of the same constants and kinds of arguments.
     """

@@ -32,6 +32,7 @@ class Spec(NamedTuple):
     slots: int
     variable: torch.dtype
     gradient: torch.dtype
+    measured: Callable[..., Any] | None = None
 
     @property
     def compute(self) -> torch.dtype:
@@ -44,6 +45,7 @@ class Spec(NamedTuple):
         return {
             "RULE": wrap(self.rule),
             "PREPARE": wrap(self.prepare),
+            "MEASURED": self.measured and wrap(self.measured),
             "SCALARS": launch.Build(self.scalars) if interpret or self.compute == torch.float64 else None,
             "STRIDE": 0,
             "SLOTS": self.slots,
@@ -58,7 +60,7 @@ class Spec(NamedTuple):
         """The types of its other arguments."""
         name, pointer = TRITON_NAME[self.compute], "*" if self.compute == torch.float64 else ""
         scalars = self.scalars(*[pointer + name] * len(self.scalars._fields))  # type: ignore[attr-defined]
-        return {"segments": "*i64", "blocks": "*i32", "factors": f"*{name}", "s": scalars}
+        return {"segments": "*i64", "blocks": "*i32", "factors": f"*{name}", "s": scalars, "sums": "*fp64"}
 
 
 class Code(NamedTuple):
@@ -98,7 +100,7 @@ def why_not(target: str | None = None) -> str | None:
 def build(spec: Spec, target: str, config: Config | None = None) -> Code:
     """Compile a kernel for a target, in its default configuration or another."""
     block, warps = config or default(spec.variable, TARGETS[target].warp_size)
-    constants = spec.constants(block)
+    constants = spec.constants(block) | ({} if spec.measured else {"sums": None})
     aligned = [["tt.divisibility", 16]]
     pointers: dict[Any, Any] = {(i,): aligned for i in range(3)}
     source = ASTSource(update_bucket, spec.signature() | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=pointers)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from fused_kopt.kernels import op
+from fused_kopt.kernels import op, update
 from fused_kopt.kernels.rebind import is_torch_op, rebind
 
 
@@ -38,6 +38,11 @@ def _interpreted_pow(x: Any, y: Any) -> Any:
     return tl.core.tensor(interpreter.TensorHandle(power.astype(dtype), x.dtype), x.type)
 
 
+def _interpreted_total(x: Any) -> Any:
+    """`update.total` for the interpreter: `tl.sum` is a kernel function, which only a compiled kernel may call."""
+    return tl.core.tensor(interpreter.TensorHandle(np.sum(x.handle.data, keepdims=True), x.dtype), x.dtype)
+
+
 @functools.cache
 def interpreted(function: types.FunctionType) -> Any:
     """A kernel's or a rule's plain Python twin for Triton's interpreter.
@@ -47,6 +52,8 @@ def interpreted(function: types.FunctionType) -> Any:
     """
     if function is op.pow.fn:
         return _interpreted_pow
+    if function is update.total.fn:
+        return _interpreted_total
 
     def replace(value: Any) -> Any:
         if is_torch_op(value):

@@ -33,7 +33,7 @@ class Scratch:
         """The kernel's arguments before its constexprs; `blocks`, the second, has a row per program."""
         programs = torch.arange(-(-self.elements // block), dtype=torch.int32, device=self.device)
         blocks = torch.stack((torch.zeros_like(programs), programs), dim=1)
-        return self._segments, blocks, self._factors, self._scalars
+        return self._segments, blocks, self._factors, self._scalars, None
 
     def launcher(self, config: Config) -> Callable[[], None]:
         """A function that launches the compiled kernel once, in one configuration."""

@@ -23,9 +23,27 @@ def encode(x, STORED: tl.constexpr):
 
 
 @triton.jit
+def total(x):
+    """The sum of a block."""
+    return tl.sum(x)
+
+
+@triton.jit
+def store_squares(values, mask, sums):
+    """Store the sum of the squares of each of three blocks, in this program's row of sums, float64[grid, 3]."""
+    row = sums + 3 * tl.program_id(0).to(tl.int64)
+    for i in tl.static_range(3):
+        x = values[i]
+        if mask is not None:
+            x = tl.where(mask, x, 0.0)
+        tl.store(row + i, total(x * x))
+
+
+@triton.jit
 def update_block(
-    variable, gradient, slots, s, factors, lanes, mask,
-    RULE: tl.constexpr, PREPARE: tl.constexpr, VARIABLE: tl.constexpr, GRADIENT: tl.constexpr, SLOT: tl.constexpr, COMPUTE: tl.constexpr,
+    variable, gradient, slots, s, factors, sums, lanes, mask,
+    RULE: tl.constexpr, PREPARE: tl.constexpr, MEASURED: tl.constexpr,
+    VARIABLE: tl.constexpr, GRADIENT: tl.constexpr, SLOT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Load, compute, store BLOCK elements. Pointers are at the block's first element; mask is None for a full block."""
     p = decode(tl.load(variable + lanes, mask=mask), VARIABLE, COMPUTE)
@@ -33,16 +51,20 @@ def update_block(
     values = ()
     for i in tl.static_range(len(slots)):
         values += (decode(tl.load(slots[i] + lanes, mask=mask), SLOT, COMPUTE),)
-    p, values = RULE(p, PREPARE(g, factors), values, s)
-    tl.store(variable + lanes, encode(p, VARIABLE), mask=mask)
+    new, values = RULE(p, PREPARE(g, factors), values, s)
+    stored = encode(new, VARIABLE)
+    tl.store(variable + lanes, stored, mask=mask)
     for i in tl.static_range(len(slots)):
         tl.store(slots[i] + lanes, encode(values[i], SLOT), mask=mask)
+    if MEASURED is not None:
+        after = decode(stored, VARIABLE, COMPUTE).to(tl.float64)
+        store_squares((MEASURED(g, factors).to(tl.float64), after - p.to(tl.float64), after), mask, sums)
 
 
 @triton.jit
 def update_bucket(
-    segments, blocks, factors, s,
-    RULE: tl.constexpr, PREPARE: tl.constexpr, SCALARS: tl.constexpr, STRIDE: tl.constexpr, SLOTS: tl.constexpr,
+    segments, blocks, factors, s, sums,
+    RULE: tl.constexpr, PREPARE: tl.constexpr, MEASURED: tl.constexpr, SCALARS: tl.constexpr, STRIDE: tl.constexpr, SLOTS: tl.constexpr,
     VARIABLE: tl.constexpr, GRADIENT: tl.constexpr, SLOT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update one bucket in place, one program per block.
@@ -50,7 +72,8 @@ def update_bucket(
     segments: int64[n, 3 + SLOTS] = addresses of variable and gradient, numel (0: absent in this step), addresses of the slots.
     blocks: int32[grid, 2] = segment, block of it. factors: COMPUTE[n, 5], what PREPARE does to the gradient.
     s: the scalars, as floats, or where SCALARS builds them as pointers to those of segment 0; those of the next one lie
-    STRIDE elements on.
+    STRIDE elements on. sums: None, or float64[grid, 3] for the squares of the gradients as MEASURED gives them, of the steps, and
+    of the new variables.
     """
     block = blocks + 2 * tl.program_id(0).to(tl.int64)
     segment = tl.load(block).to(tl.int64)
@@ -85,14 +108,14 @@ def update_bucket(
         views = ()
         for i in tl.static_range(SLOTS):
             views += (tl.multiple_of(addresses[i].to(S), 16) + start,)
-        update_block(v, g, views, scalars, f, lanes, None, RULE, PREPARE, VARIABLE, GRADIENT, SLOT, COMPUTE)
+        update_block(v, g, views, scalars, f, sums, lanes, None, RULE, PREPARE, MEASURED, VARIABLE, GRADIENT, SLOT, COMPUTE)
     else:
         v = variable.to(V) + start
         g = gradient.to(G) + start
         views = ()
         for i in tl.static_range(SLOTS):
             views += (addresses[i].to(S) + start,)
-        update_block(v, g, views, scalars, f, lanes, lanes < left, RULE, PREPARE, VARIABLE, GRADIENT, SLOT, COMPUTE)
+        update_block(v, g, views, scalars, f, sums, lanes, lanes < left, RULE, PREPARE, MEASURED, VARIABLE, GRADIENT, SLOT, COMPUTE)
 
 
 @triton.jit

@@ -20,9 +20,9 @@ from fused_kopt import optimizers
 ROOT = Path(__file__).parent.parent
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 250, 40, 6
 # The kernel's text is one function by necessity (a jitted helper of its own loses alignment hints in Triton 3.6), and
-# what it calls for a full and for a masked block takes a block's five values, its lanes and its mask.
-LONG_FUNCTIONS = {"update_bucket": 53}
-MANY_PARAMETERS = {"update_block": 7}
+# what it calls for a full and for a masked block takes a block's five values, where its sums go, its lanes and its mask.
+LONG_FUNCTIONS = {"update_bucket": 55}
+MANY_PARAMETERS = {"update_block": 8}
 # `**options` of the constructors are Keras's; the other two take values by the names that configs and messages show.
 KEYWORDS = {"__init__", "_config", "check_not_negative"}
 
@@ -30,7 +30,7 @@ OPTIMIZERS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", 
 KERAS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lamb", "lion", "nadam", "rmsprop", "sgd")
 # From the bottom: a module imports from layers below its own, never upward, never sideways.
 LAYERS = (
-    ("aggregate", "errors", "layout", "op", "optimizers.schedules", "slots", "tape", "tensors"),
+    ("aggregate", "errors", "layout", "op", "optimizers.schedules", "recording", "slots", "tape", "tensors"),
     ("buffers", "prepare"),
     ("execute", "state"),
     ("gradients", "hyperparameters", "norms"),
@@ -48,7 +48,7 @@ LAYERS = (
     ("keras.state", "keras.stepper"),
     ("keras.fused",),
     ("keras.loss_scale", *(f"keras.{name}" for name in KERAS)),
-    ("keras.fusing",),
+    ("keras.fusing", "keras.logger"),
     ("keras",),
     ("",),
     ("torch_optim.arguments", "torch_optim.members"),
@@ -57,7 +57,7 @@ LAYERS = (
     ("torch_optim.optimizer",),
     tuple(f"torch_optim.{name}" for name in OPTIMIZERS if name != "registry"),
     ("torch_optim",),
-    ("hf",),
+    ("hf", "lightning"),
     ("checkpoint.neutral", "checkpoint.tables"),
     ("checkpoint.meaning", "checkpoint.storage", "checkpoint.torch_words"),
     ("checkpoint.snapshot",),
@@ -81,7 +81,7 @@ LAYERS = (
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 KERNEL_LAYERS = (
-    ("cpp_build", "cpp_op", "machine_code", "op", "rebind", "tuning", "update"),
+    ("cpp_build", "cpp_op", "cpp_text", "machine_code", "op", "rebind", "tuning", "update"),
     ("cpp", "norms", "rules"),
     ("cpp_launch", "launch"),
     ("offline",),

@@ -12,6 +12,7 @@ from fused_kopt.keras.ftrl import Ftrl
 from fused_kopt.keras.fusing import fuse
 from fused_kopt.keras.lamb import Lamb
 from fused_kopt.keras.lion import Lion
+from fused_kopt.keras.logger import StatsLogger
 from fused_kopt.keras.loss_scale import LossScaleOptimizer
 from fused_kopt.keras.nadam import Nadam
 from fused_kopt.keras.rmsprop import RMSprop
@@ -30,5 +31,6 @@ __all__ = [
     "LossScaleOptimizer",
     "Nadam",
     "RMSprop",
+    "StatsLogger",
     "fuse",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from fused_kopt.execute import Rule
 
@@ -53,3 +54,14 @@ def bias_correction(beta: float, t: int) -> float:
 def root(x: float) -> float:
     """The square root; NaN below zero."""
     return math.sqrt(x) if x >= 0 else math.nan
+
+
+def constant(*rows: Any) -> Callable[[torch.dtype], Sequence[Any]]:
+    """Scalars rounded once to a compute dtype."""
+
+    def rounded(dtype: torch.dtype) -> Sequence[Any]:
+        with np.errstate(over="ignore"):
+            table = np.array(rows, dtype=np.float64 if dtype == torch.float64 else np.float32)
+        return [row._make(numbers) for row, numbers in zip(rows, table.tolist(), strict=True)]
+
+    return rounded

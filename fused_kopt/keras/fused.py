@@ -11,6 +11,7 @@ from fused_kopt.execute import Executor
 from fused_kopt.keras.declaration import Declaration
 from fused_kopt.keras.state import Stateful
 from fused_kopt.keras.stepper import Stepper
+from fused_kopt.recording import StepStats
 
 # What a subclass may override to change a step: where it does, the steps are Keras's own.
 HOOKS = (
@@ -42,6 +43,8 @@ class Fused(Stateful):
     declaration: ClassVar[Declaration]
     executor: Executor = "auto"
     """ "auto", "reference", "triton" or "compiled"; may be set between steps, and is not saved."""
+    stats_every: int = 0
+    """Every so many updates, the launch adds up what `last_stats` returns; 0: never. May be set between steps, and is not saved."""
     _stepper: Any = None
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
@@ -57,6 +60,17 @@ class Fused(Stateful):
         variables: Keras variables. Default: those that the optimizer was built with; ValueError where it was not.
         """
         return self._steps().describe(variables)
+
+    def last_stats(self) -> StepStats | None:
+        """Norms, learning rate and iterations of the last update that `stats_every` chose; None before there is one.
+
+        The launches that update add the numbers up; no step waits for them. On a GPU this call waits for the device to have taken
+        that step. What constraints and `ema_overwrite_frequency` do after an update does not count, nor do steps that are Keras's
+        own. Raises RuntimeError where `stats_every` is 0 and no update was measured.
+        """
+        recorder = self._steps().recorder
+        recorder.every = self.stats_every
+        return recorder.last()
 
     def _is_overridden(self) -> bool:
         cls: Any = type(self)

@@ -28,7 +28,8 @@ def fuse(optimizer: Optimizer) -> Optimizer:
 
     Its class, config, variables and files stay Keras's, so that what it saves loads where this package is not installed. Copies
     (also of a reloaded model) are plain Keras optimizers again; fuse them anew. Of a LossScaleOptimizer the inner
-    optimizer is fused. Its `executor` may be set afterwards. Does nothing to an optimizer of this package, or a fused one.
+    optimizer is fused. Its `executor` and `stats_every` may be set afterwards. Does nothing to an optimizer of this package,
+    or a fused one.
 
     Raises TypeError for anything but an instance of Keras's SGD, RMSprop, Adam, AdamW, Adadelta, Adagrad, Adamax, Nadam, Ftrl or
     Lion themselves: what a subclass or another optimizer computes is not known here.
@@ -52,4 +53,5 @@ def fuse(optimizer: Optimizer) -> Optimizer:
         optimizer._stepper = stepper  # type: ignore[attr-defined]
         optimizer.apply = stepper.apply  # type: ignore[attr-defined]
         optimizer.describe = stepper.describe  # type: ignore[attr-defined]
+        optimizer.last_stats = stepper.recorder.last  # type: ignore[attr-defined]
     return optimizer

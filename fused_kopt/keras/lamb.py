@@ -12,10 +12,10 @@ from fused_kopt import clipping, description, op, options
 from fused_kopt.borrowed import Borrowed, Borrower
 from fused_kopt.clipping import Clips
 from fused_kopt.description import Description
-from fused_kopt.keras.declaration import Declaration, Step, bias_correction
+from fused_kopt.keras.declaration import Declaration, Step, bias_correction, constant
 from fused_kopt.keras.fused import Fused, registered
 from fused_kopt.keras.plan import Plan, values
-from fused_kopt.keras.stepper import Momentum, Stepper, _constant
+from fused_kopt.keras.stepper import Momentum, Stepper
 
 
 class Direction(NamedTuple):
@@ -54,6 +54,8 @@ class LambStepper(Stepper):
 
     def _executor(self) -> None:
         super()._executor()
+        if self.recorder.every:
+            raise ValueError("`stats_every` must be 0 for Lamb: its step is two launches, and neither sees all of it.")
         self._going.executor = self._updates.executor
 
     def describe(self, variables: Any = None) -> Description:
@@ -79,13 +81,13 @@ class LambStepper(Stepper):
         decays = (1 - optimizer.weight_decay * step.rate, 1.0)[: 1 if plan.which is None else 2] if plan.decays else (1.0,)
         slots = [*map(values, plan.slots[:2]), directions]
         given = Borrowed(variables, grads, slots, plan.names, plan.which)
-        self._updates.step(direction, given, _constant(*(first._replace(decay=decay) for decay in decays)), clips)
+        self._updates.step(direction, given, constant(*(first._replace(decay=decay) for decay in decays)), clips)
         rule, scalars = go, Rate(step.rate)
         if optimizer.use_ema:
             rule = options.around(options.averaged, go)
             scalars = options.extended(Rate, *Momentum._fields)(step.rate, *self._momentum(step))
         given = Borrowed(variables, directions, [values(column) for column in plan.slots[2:]], plan.names)
-        self._going.step(rule, given, _constant(scalars), clipping.TRUST)
+        self._going.step(rule, given, constant(scalars), clipping.TRUST)
 
     def _scratch(self, variable: Tensor, like: Tensor) -> Tensor:
         found = self._directions.get(id(variable))

@@ -68,6 +68,8 @@ class LossScaleOptimizer(Stateful, keras.optimizers.LossScaleOptimizer):
 
     @torch.compiler.disable
     def _stateful_handle_non_finite_grads(self) -> None:
-        scale = self._host.read(self.dynamic_scale)
+        inner, scale = stepper(self.inner_optimizer), self._host.read(self.dynamic_scale)
+        if inner is not None:
+            inner.recorder.skipped += 1
         self._host.write(self.step_counter, 0)
         self._host.write(self.dynamic_scale, max(scale / 2, min(scale, self.minimum_scale)))

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +14,10 @@ from fused_kopt.clipping import Clips
 from fused_kopt.description import Description
 from fused_kopt.execute import EXECUTORS, Executor
 from fused_kopt.keras import plan as plans
-from fused_kopt.keras.declaration import Declaration, Step, divide
+from fused_kopt.keras.declaration import Declaration, Step, constant, divide
 from fused_kopt.keras.host import Host, in_stateless_scope
 from fused_kopt.keras.plan import Averages, Plan, values
+from fused_kopt.recording import Recorder
 
 LAST = 2**31 - 1  # Keras counts steps in int32
 KEPT = 8  # plans: the whole model, and subsets that come again
@@ -51,7 +51,7 @@ class Stepper:
 
     def __init__(self, optimizer: Any, declaration: Declaration, stock: Callable[[Any, Any], None]) -> None:
         self.optimizer, self.declaration, self._stock = optimizer, declaration, stock
-        self._host = Host()
+        self._host, self.recorder = Host(), Recorder()
         self._updates, self._accumulation, self._averaging = Borrower(), Borrower(), Borrower()
         self._plans: dict[Any, Plan] = {}
         self._overwrites: bool | None = None  # whether any variable takes its gradient as its value (fp8 scales)
@@ -117,6 +117,7 @@ class Stepper:
         executor: Executor = getattr(self.optimizer, "executor", "auto")
         if executor not in EXECUTORS:
             raise ValueError(f"`executor` must be one of {EXECUTORS}. Received: executor={executor!r}.")
+        self.recorder.every = getattr(self.optimizer, "stats_every", 0)
         for borrower in (self._updates, self._accumulation, self._averaging):
             borrower.executor = executor
 
@@ -160,7 +161,7 @@ class Stepper:
         else:
             sums = values(plan.accumulators)
             given = Borrowed(sums, grads, [], plan.names)
-            self._accumulation.step(accumulate, given, _constant(Nothing(1.0)), Clips(unscale, None, None, None))
+            self._accumulation.step(accumulate, given, constant(Nothing(1.0)), Clips(unscale, None, None, None))
             if (count + 1) % every == 0:
                 self._update(plan, [total.detach() for total in sums], step, self._clips(1.0 / every))
                 with torch.no_grad():
@@ -185,9 +186,11 @@ class Stepper:
             rows = [row + self._momentum(step) for row in rows]
         plain: Any = type(scalars)
         kind = options.extended(plain, *names) if names else plain
-        numbers = [kind(*scalars, *row) for row in rows]
         given = Borrowed(values(plan.variables), grads, [values(column) for column in plan.slots], plan.names, plan.which)
-        self._updates.step(rule, given, _constant(*numbers), clips, declaration.exact(optimizer))
+        sums = self.recorder.start(step.t)
+        self._updates.step(rule, given, constant(*(kind(*scalars, *row) for row in rows)), clips, declaration.exact(optimizer), sums)
+        if sums is not None:
+            self.recorder.finish(sums, step.rate, self._count() + 1)
         for variable, value in carried:
             self._host.write(variable, value)
 
@@ -196,7 +199,7 @@ class Stepper:
         optimizer = self.optimizer
         if targets.variables:
             given = Borrowed(values(targets.averages), [v.detach() for v in values(targets.variables)], [])
-            self._averaging.step(average, given, _constant(self._momentum(step)))
+            self._averaging.step(average, given, constant(self._momentum(step)))
         if optimizer.ema_overwrite_frequency and step.t % optimizer.ema_overwrite_frequency == 0:
             all_ = plans.averaged(optimizer, set())
             with torch.no_grad():
@@ -235,14 +238,3 @@ def _present(grads: Sequence[Any], variables: list[Any]) -> tuple[Sequence[Any],
     )
     kept = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
     return [g for g, _ in kept], [v for _, v in kept]
-
-
-def _constant(*rows: Any) -> Callable[[torch.dtype], Sequence[Any]]:
-    """Scalars rounded once to a compute dtype."""
-
-    def rounded(dtype: torch.dtype) -> Sequence[Any]:
-        with np.errstate(over="ignore"):
-            table = np.array(rows, dtype=np.float64 if dtype == torch.float64 else np.float32)
-        return [row._make(numbers) for row, numbers in zip(rows, table.tolist(), strict=True)]
-
-    return rounded

@@ -32,6 +32,7 @@ class Options(TypedDict, total=False):
     global_clipnorm: float | None
     executor: Executor
     amp: Literal["fused"] | None
+    stats_every: int
     foreach: bool | None
     fused: bool | None
     maximize: bool
@@ -48,7 +49,7 @@ class WithRho(Options, total=False):
 # Keras's words for keys of parameter groups.
 SPELLINGS = {"learning_rate": "lr", "epsilon": "eps", "rho": "alpha", "decay": "lr_decay", "schedule_decay": "momentum_decay"}
 BETAS = ("beta_1", "beta_2")
-OWN = {"clipvalue": None, "clipnorm": None, "global_clipnorm": None, "executor": "auto", "amp": None}
+OWN = {"clipvalue": None, "clipnorm": None, "global_clipnorm": None, "executor": "auto", "amp": None, "stats_every": 0}
 # What is refused unless it is as here, and what to do instead.
 REFUSED: dict[str, tuple[Any, str]] = {
     "maximize": (False, "Minimize the negative loss."),

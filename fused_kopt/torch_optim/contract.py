@@ -12,6 +12,7 @@ import torch
 from fused_kopt.borrowed import Borrower
 from fused_kopt.execute import EXECUTORS, Executor, Rule
 from fused_kopt.hyperparameters import Step
+from fused_kopt.recording import Recorder
 from fused_kopt.torch_optim import arguments, loading
 from fused_kopt.torch_optim.members import Counters, Members
 
@@ -83,6 +84,15 @@ class Contract(torch.optim.Optimizer):
         self._borrowers: dict[Rule, Borrower] = {}
 
     @property
+    def stats_every(self) -> int:
+        """So many steps apart are steps that `last_stats` knows; 0 for none. May be changed between steps."""
+        return self._recorder.every
+
+    @stats_every.setter
+    def stats_every(self, value: int) -> None:
+        self._recorder.every = value
+
+    @property
     def _step_supports_amp_scaling(self) -> bool:
         """What a GradScaler asks: whether `step` reads its `grad_scale` and `found_inf`."""
         return self.amp == "fused"
@@ -92,6 +102,7 @@ class Contract(torch.optim.Optimizer):
         self._lock = threading.RLock()
         self._known: list[Members] = []
         self._counters: Counters | None = None
+        self._recorder = Recorder()
         for name in arguments.OWN:
             setattr(self, name, own[name])
 

@@ -13,6 +13,7 @@ from fused_kopt import borrowed, description, layout
 from fused_kopt.borrowed import Borrowed, Borrower, Task
 from fused_kopt.clipping import Clips
 from fused_kopt.description import Description
+from fused_kopt.recording import StepStats, Sums
 from fused_kopt.replays import capturing
 from fused_kopt.torch_optim import arguments, members, rows
 from fused_kopt.torch_optim.contract import Contract
@@ -43,6 +44,7 @@ class Optimizer(Contract):
             applied inside the launch. `.grad` stays as it is. Attributes of the same names may be changed between steps.
         executor: as for fused_kopt.Adam: "auto", "reference", "triton" or "compiled".
         amp: "fused" lets a GradScaler leave unscaling to the launch; default None, its usual way.
+        stats_every: every so many steps, the launch adds up what `last_stats` returns. Default 0: never.
         foreach, fused: ignored. maximize, capturable, differentiable: refused unless False.
 
     State is made at the first step: for every parameter `step` (0-d float32 on the CPU; counting ends at 2^24), and the slots
@@ -72,9 +74,22 @@ class Optimizer(Contract):
                     "A step in a CUDA graph would replay this step's scalars for ever. See prepare_replays() of fused_kopt.Adam."
                 )
             scale = self._unscaling()
-            if scale is not None:
+            if scale is None:
+                self._recorder.skipped += 1
+            else:
                 self._take(scale)
         return loss
+
+    def last_stats(self) -> StepStats | None:
+        """Norms, learning rate and iterations of the last step that `stats_every` chose; None before there is one.
+
+        The launches that update add the numbers up; no step waits for them. On a GPU this call waits for the device to have taken
+        that step. The learning rate is the first group's; `iterations` the largest `step` of the parameters; `skipped_steps`
+        counts those that a GradScaler with `amp="fused"` skipped; sharded parameters count with this rank's part.
+
+        Raises RuntimeError where `stats_every` is 0 and no step was measured.
+        """
+        return self._recorder.last()
 
     def describe(self) -> Description:
         """What a step on all trainable parameters does and costs: executors and why, launches, bytes. `print()` it.
@@ -121,12 +136,20 @@ class Optimizer(Contract):
             return
         if found.sharded:
             grads = members.local(members.placed(grads, found.params))
-        clips = self._clips(scale, found)
-        jobs = [self._job(part, found, grads, clips) for part in found.parts]
+        number = self._number(found) if self._recorder.every else 0
+        clips, sums = self._clips(scale, found), self._recorder.start(number)
+        jobs = [self._job(part, found, grads, clips, sums) for part in found.parts]
         for job in jobs:
             job.launch()
         for job in jobs:
             self._count(job, found)
+        if sums is not None:
+            self._recorder.finish(sums, float(self.param_groups[0]["lr"]), number)
+
+    def _number(self, found: Members) -> int:
+        """Which step this is, by the parameter that has taken most."""
+        assert self._counters is not None
+        return int(self._counters.values["step"][found.places(self._counters)].max()) + 1
 
     def _members(self, seen: Sighting, grads: Sequence[Tensor]) -> Members | None:
         """Who takes part, with states; None where this is the dummy step that only makes them."""
@@ -178,7 +201,7 @@ class Optimizer(Contract):
             raise ValueError(f"`global_clipnorm` needs one rule for all groups; these have {rules}. Use torch.nn.utils.clip_grad_norm_.")
         return clips
 
-    def _job(self, part: Part, found: Members, grads: list[Tensor], clips: Clips) -> Job:
+    def _job(self, part: Part, found: Members, grads: list[Tensor], clips: Clips, sums: Sums | None) -> Job:
         """One part's launch, prepared: nothing has been written, and nothing more can be wrong with what it was given."""
         assert self._counters is not None
         places, states = part.select(found.places(self._counters)), list(self.state.values())
@@ -190,7 +213,7 @@ class Optimizer(Contract):
             variables, slots = members.local(variables), [members.local(column) for column in slots]
         given = Borrowed(variables, part.select(grads), slots, part.select(found.names), numbers.which)
         borrower = self._borrowers.setdefault(part.rule, Borrower(self._executor))
-        launch = borrower.prepare(Task(part.rule, numbers.of, clips, all(map(self.exact, groups))), given)
+        launch = borrower.prepare(Task(part.rule, numbers.of, clips, all(map(self.exact, groups)), sums), given)
         return Job(part, places, numbers, launch)
 
     def _count(self, job: Job, found: Members) -> None:

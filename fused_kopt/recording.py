@@ -1,0 +1,119 @@
+"""What a step did, in a few numbers that its launches add up: norms, the learning rate, how far training has come."""
+
+import math
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+
+class StepStats(TypedDict):
+    """One step in numbers; a dict, as loggers want it. Norms are Euclidean, over all variables of the step together."""
+
+    gradient_norm: float
+    """Of the gradients as the step got them, times `grad_scale`, before any clipping. Not finite where a gradient is not."""
+    update_norm: float
+    """Of what the step changed, as stored: a change that a 16-bit variable rounds away counts as none."""
+    weight_norm: float
+    """Of the variables after the step."""
+    update_ratio: float
+    """`update_norm / weight_norm`."""
+    skipped_steps: int
+    """How many steps were left out so far because their gradients were not finite (loss scaling)."""
+    learning_rate: float
+    """As the step used it, after schedule and decay, before `scale_learning_rate`."""
+    iterations: int
+    """Steps taken, this one included."""
+
+
+class Sums:
+    """A step's sums of squares."""
+
+    def __init__(self) -> None:
+        self._devices: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """float64 [3] on a device: of gradients, of changes, of variables. Launches add to it."""
+        if device not in self._devices:
+            self._devices[device] = torch.zeros(3, dtype=torch.float64, device=device)
+        return self._devices[device]
+
+    def fetched(self) -> list[tuple[Tensor, Any]]:
+        """Each device's sums, and what to wait for before they are read, or None.
+
+        Those of a GPU are on their way into pinned memory: reading them later waits for this step, not for all that was
+        launched since.
+        """
+        found: list[tuple[Tensor, Any]] = []
+        for device, sums in self._devices.items():
+            event = None
+            if device.type == "cuda":
+                sums = torch.empty(3, dtype=sums.dtype, device="cpu", pin_memory=True).copy_(sums, non_blocking=True)
+                event = torch.cuda.current_stream(device).record_event()
+            found.append((sums, event))
+        return found
+
+
+class Recorder:
+    """Says which steps are measured, and keeps the numbers of the last one.
+
+        sums = recorder.start(iterations + 1)
+        ...  # launches that get `sums`
+        recorder.finish(sums, learning_rate, iterations + 1)
+
+    Attributes:
+        skipped: steps that were left out; whoever leaves one out counts it here.
+    """
+
+    def __init__(self, every: int = 0) -> None:
+        """Raises ValueError unless `every` is an int >= 0."""
+        self.every = every
+        self.skipped = 0
+        self._last: tuple[list[tuple[Tensor, Any]], float, int] | None = None
+
+    @property
+    def every(self) -> int:
+        """So many steps apart are measured steps; 0 for none."""
+        return self._every
+
+    @every.setter
+    def every(self, value: int) -> None:
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"`stats_every` must be an int >= 0 (0: never). Received: stats_every={value!r}.")
+        self._every = value
+
+    def start(self, step: int) -> Sums | None:
+        """Where the launches of a step (the first is 1) add what they measure; None for a step that is not measured."""
+        return Sums() if self._every and step % self._every == 0 else None
+
+    def finish(self, sums: Sums | None, learning_rate: float, iterations: int) -> None:
+        """Keep what a step has measured. Waits for nothing."""
+        if sums is not None:
+            self._last = sums.fetched(), learning_rate, iterations
+
+    def last(self) -> StepStats | None:
+        """The last measured step; None before there is one. Waits until the device has taken it.
+
+        Raises RuntimeError where steps are never measured.
+        """
+        if self._last is None:
+            if not self._every:
+                raise RuntimeError("Steps are not measured. Set stats_every=1, or more to measure fewer steps.")
+            return None
+        fetched, learning_rate, iterations = self._last
+        for _, event in fetched:
+            if event is not None:
+                event.synchronize()
+        gradient, update, weight = (math.sqrt(sum(squares)) for squares in zip(*(sums.tolist() for sums, _ in fetched), strict=True))
+        return StepStats(
+            gradient_norm=gradient,
+            update_norm=update,
+            weight_norm=weight,
+            update_ratio=update / weight if weight else math.inf if update else 0.0,
+            skipped_steps=self.skipped,
+            learning_rate=learning_rate,
+            iterations=iterations,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_every": self._every, "skipped": self.skipped, "_last": None}
