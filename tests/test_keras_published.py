@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(find_spec("keras") is None, reason="Keras is not
 ROOT = Path(__file__).parent.parent
 CLASSES = ("sgd", "rmsprop", "adam", "adamw", "adadelta", "adagrad", "adamax", "nadam", "ftrl", "lamb", "lion", "loss_scale_optimizer")
 FILES = [f"{name}_test.py" for name in (*CLASSES, "optimizer", "multi_optimizer")]
-LEAST, LEAST_PER_FILE = 100, 4  # Keras 3.15.1 has 119 and 5
+LEAST, LEAST_PER_FILE = 130, 4  # on Keras 3.15.1 its own classes pass 161, and at least 6 of each file
 INTENDED: dict[str, str] = {}  # test: why ours differs on purpose
 
 
@@ -29,7 +29,7 @@ def published() -> Path:
     folder = ROOT / "build" / f"keras-{keras}-tests"
     if not folder.exists():
         part = folder.with_name(f"{folder.name}.{os.getpid()}")
-        part.mkdir(parents=True)
+        part.mkdir(parents=True, exist_ok=True)
         ask = ["download", "--no-deps", "--no-binary", "keras", "--retries", "1", "--quiet", "--dest", str(part), f"keras=={keras}"]
         done = subprocess.run([sys.executable, "-m", "pip", *ask], capture_output=True, text=True, timeout=120)
         if done.returncode:

@@ -27,7 +27,7 @@ MANY_PARAMETERS = {"update_block": 8}
 KEYWORDS = {"__init__", "_config", "check_not_negative"}
 
 OPTIMIZERS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", "registry", "rmsprop", "sgd")
-KERAS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", "rmsprop", "sgd")
+KERAS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lamb", "lion", "nadam", "rmsprop", "sgd")
 # From the bottom: a module imports from layers below its own, never upward, never sideways.
 LAYERS = (
     ("aggregate", "errors", "layout", "op", "optimizers.schedules", "recording", "slots", "tape", "tensors"),

@@ -38,7 +38,6 @@ class Rows:
         else:
             table = np.column_stack([part.ranks, *columns]).astype(np.float64)
             self._distinct, self.which = np.unique(table, axis=0, return_inverse=True)
-        self._names = tuple(counts)
         self._found: dict[torch.dtype, Sequence[Any]] = {}
         self.products: dict[torch.dtype, Any] = {}
         """By compute dtype Nadam's `mu_product` after the step, per row."""
