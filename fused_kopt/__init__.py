@@ -1,4 +1,7 @@
-"""Keras optimizers for PyTorch tensors: bit for bit TensorFlow's results, fused into one Triton launch."""
+"""Keras optimizers for PyTorch tensors: bit for bit TensorFlow's results, fused into one Triton launch.
+
+Modules to import by themselves: `fused_kopt.torch_optim`, the optimizers as subclasses of torch.optim.Optimizer; `fused_kopt.checkpoint`.
+"""
 
 from fused_kopt import errors, optimizers
 from fused_kopt.errors import FusedMismatchError, StaleVariableError, TornStepError

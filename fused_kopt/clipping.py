@@ -22,6 +22,8 @@ class Clips(NamedTuple):
     clipvalue: float | None
     clipnorm: float | None
     global_clipnorm: float | None
+    trust: bool = False
+    """In place of limits: multiply by |variable| / |gradient|, where neither is 0. Both have one dtype."""
 
     @property
     def neutral(self) -> bool:
@@ -33,12 +35,15 @@ class Clips(NamedTuple):
     @property
     def by_norm(self) -> bool:
         """Whether norms are needed."""
-        return self.clipnorm is not None or self.global_clipnorm is not None
+        return self.clipnorm is not None or self.global_clipnorm is not None or self.trust
 
     def row(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The factors that do not depend on a norm: compute dtype [5]."""
         bound = NEUTRAL_FACTORS[1] if self.clipvalue is None else self.clipvalue
         return torch.tensor((self.grad_scale, bound, *NEUTRAL_FACTORS[2:]), dtype=dtype, device=device)
+
+
+TRUST = Clips(1.0, None, None, None, trust=True)
 
 
 class Group:
@@ -72,8 +77,13 @@ def groups(pairs: Pairs) -> list[Group]:
     return [Group(pairs, positions) for positions in found.values()]
 
 
-def factors(groups: Sequence[Group], clips: Clips, squares: Sequence[Tensor] | None) -> list[Tensor]:
-    """Per group the factors of its gradients, compute dtype [n, 5]. squares: per group float64 [n], where clips go by norm."""
+def factors(
+    groups: Sequence[Group], clips: Clips, squares: Sequence[Tensor] | None, weights: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Per group the factors of its gradients, compute dtype [n, 5].
+
+    squares: per group float64 [n], where clips go by norm; weights: those of the variables, where they go by trust.
+    """
     tables = [group.table(clips) for group in groups]
     if squares is None:
         return tables
@@ -82,6 +92,8 @@ def factors(groups: Sequence[Group], clips: Clips, squares: Sequence[Tensor] | N
         squares = [_clip_each(table, square, clips.clipnorm) for table, square in zip(tables, squares, strict=True)]
     if clips.global_clipnorm is not None:
         _clip_all(tables, squares, clips.global_clipnorm)
+    for table, square, weight in zip(tables, squares, weights or (), strict=False):
+        table[:, 4] = torch.where((weight > 0) & (square > 0), op.div(op.sqrt(weight), op.sqrt(square)), 1.0)
     return tables
 
 
@@ -112,7 +124,9 @@ def rows(pairs: Pairs, clips: Clips, executors: Mapping[torch.device, Chosen], r
         return found
     parts = groups(pairs)
     squares = [_squares(group, pairs, clips, executors[group.device], requested) for group in parts] if clips.by_norm else None
-    for group, table in zip(parts, factors(parts, clips, squares), strict=True):
+    itself = [(variable.detach(), variable) for _, variable in pairs]
+    weights = [_squares(group, itself, clips, executors[group.device], requested) for group in parts] if clips.trust else None
+    for group, table in zip(parts, factors(parts, clips, squares, weights), strict=True):
         for position, row in zip(group.positions, table.unbind(), strict=True):
             found[position] = row
     return found

@@ -62,21 +62,29 @@ class Recorder:
         recorder.finish(sums, learning_rate, iterations + 1)
 
     Attributes:
-        every: so many steps apart are measured steps; 0 for none.
         skipped: steps that were left out; whoever leaves one out counts it here.
     """
 
     def __init__(self, every: int = 0) -> None:
         """Raises ValueError unless `every` is an int >= 0."""
-        if not isinstance(every, int) or every < 0:
-            raise ValueError(f"`stats_every` must be an int >= 0 (0: never). Received: stats_every={every!r}.")
         self.every = every
         self.skipped = 0
         self._last: tuple[list[tuple[Tensor, Any]], float, int] | None = None
 
+    @property
+    def every(self) -> int:
+        """So many steps apart are measured steps; 0 for none."""
+        return self._every
+
+    @every.setter
+    def every(self, value: int) -> None:
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"`stats_every` must be an int >= 0 (0: never). Received: stats_every={value!r}.")
+        self._every = value
+
     def start(self, step: int) -> Sums | None:
         """Where the launches of a step (the first is 1) add what they measure; None for a step that is not measured."""
-        return Sums() if self.every and step % self.every == 0 else None
+        return Sums() if self._every and step % self._every == 0 else None
 
     def finish(self, sums: Sums | None, learning_rate: float, iterations: int) -> None:
         """Keep what a step has measured. Waits for nothing."""
@@ -89,8 +97,8 @@ class Recorder:
         Raises RuntimeError where steps are never measured.
         """
         if self._last is None:
-            if not self.every:
-                raise RuntimeError("Steps are not measured. Construct the optimizer with stats_every=1, or more to measure fewer steps.")
+            if not self._every:
+                raise RuntimeError("Steps are not measured. Set stats_every=1, or more to measure fewer steps.")
             return None
         fetched, learning_rate, iterations = self._last
         for _, event in fetched:
@@ -108,4 +116,4 @@ class Recorder:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"every": self.every, "skipped": self.skipped, "_last": None}
+        return {"_every": self._every, "skipped": self.skipped, "_last": None}

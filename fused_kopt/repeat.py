@@ -139,15 +139,18 @@ class Repeat:
         """Put the factors of this step's gradients into the launches."""
         if clips.neutral:
             return
-        squares = None
-        if clips.by_norm:
-            starts = np.array(self.gradient_addresses)
-            executors = {update.bucket.device: executor for update, executor in zip(self.updates, self.chosen, strict=True)}
-            squares = [g.norms.squares(starts[g.positions], g.table(clips)[0], executors[g.device]) for g in self.groups]
-        tables = clipping.factors(self.groups, clips, squares)
+        squares = self._squares(self.gradient_addresses, clips) if clips.by_norm else None
+        weights = self._squares(self.fixed_addresses, clips) if clips.trust else None
+        tables = clipping.factors(self.groups, clips, squares, weights)
         for update, (members, take) in zip(self.updates, self.takes, strict=True):
             table = torch.cat([tables[i] for i in members]) if len(members) > 1 else tables[members[0]]
             update.factors = table if take is None else table.index_select(0, take)
+
+    def _squares(self, addresses: Sequence[int], clips: Clips) -> list[Tensor]:
+        """Per group the square norms of what lies at these addresses, one for each pair."""
+        starts = np.array(addresses)
+        executors = {update.bucket.device: executor for update, executor in zip(self.updates, self.chosen, strict=True)}
+        return [g.norms.squares(starts[g.positions], g.table(clips)[0], executors[g.device]) for g in self.groups]
 
 
 def _measured(update: Update, sums: Sums) -> Update:
