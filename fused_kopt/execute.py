@@ -54,6 +54,8 @@ class Update:
     sums: Tensor | None = None
     """float64 [3] on the bucket's device, to which the launch adds the squares of the gradients (`prepare.scale`), of the steps and
     of the new variables, both as stored. None: no sums."""
+    gate: Tensor | None = None
+    """int64, 0-d, on the bucket's device: 0 where the launch must leave everything as it is. None: 1."""
 
     def blocks(self, block: int) -> Any:
         """The block table of the bucket."""
@@ -92,6 +94,8 @@ class Update:
 
 def _reference(update: Update) -> None:
     """The rule on torch tensors, variable by variable, one correctly rounded operation at a time."""
+    if update.gate is not None and not update.gate:
+        return
     bucket, compute = update.bucket, update.bucket.compute
     # a device row: torch divides a CUDA tensor by a Python number or CPU scalar through its reciprocal
     rows = torch.tensor([update.scalars] if update.rows is None else update.rows, dtype=compute, device=bucket.device)

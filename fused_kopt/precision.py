@@ -82,7 +82,9 @@ class Precision:
             raise ValueError(f"{self} names slots that this optimizer lacks: {unknown}. It has {sorted(names)}.")
         rough = [slot.name for slot in slots if self.format(slot) != "float32"]
         if "mg" in names and {"mg", "rms"} & set(rough):
-            raise ValueError(f"{self} stores {rough} in few bits; rms - mg^2 of a centered RMSprop would turn negative. Use float32 for both.")
+            raise ValueError(
+                f"{self} stores {rough} in few bits; rms - mg^2 of a centered RMSprop would turn negative. Use float32 for both."
+            )
 
     @property
     def random(self) -> bool:

@@ -24,9 +24,7 @@ def counters() -> tuple[int, int]:
 
 
 @functools.cache
-def kernel(
-    rule: Any, prepare: Any, scalars: Any, planes: cpp.Planes, dtypes: tuple[torch.dtype, torch.dtype], measured: Any = None
-) -> Any:
+def kernel(rule: Any, prepare: Any, scalars: Any, planes: cpp.Planes, dtypes: tuple[torch.dtype, torch.dtype], measured: Any = None) -> Any:
     """The compiled function, see `cpp.update_source`. Shapes, addresses, learning rates and steps are its arguments."""
     library = cpp_build.load(cpp.update_source(rule, prepare, scalars, planes, dtypes, measured))
     return _function(library.update, "ppippii" if measured is None else "ppippipi")
@@ -79,6 +77,8 @@ def bind(update: Any, prepare: Any, measured: Any = None) -> Callable[[Sequence[
 
     def launch(scalars: Sequence[float], factors: torch.Tensor | None) -> None:
         global _launches
+        if update.gate is not None and not update.gate:
+            return
         table = None if update.rows is None else np.ascontiguousarray(update.rows, dtype=np.float64 if wide else np.float32)
         numbers: Any = row(*scalars) if table is None else table.ctypes.data
         if update.current is not None:
