@@ -80,7 +80,9 @@ class Contract(ABC):
     def _config(self, **own: Any) -> dict[str, Any]:
         """The common keys, then a class's own."""
         clips = {key: value for key, value in self._clips.items() if value is not None}
-        config = {"name": self._name, **clips, "learning_rate": self._hyper["learning_rate"], "decay": self._initial_decay, **own}
+        stored = {} if self.precision == precision.DEFAULT else {"precision": precision.serialize(self.precision)}
+        rates = {"learning_rate": self._hyper["learning_rate"], "decay": self._initial_decay}
+        config = {"name": self._name, **clips, **rates, **own, **stored}
         return {key: hyperparameters.serializable(value) for key, value in config.items()}
 
     def _value(self, name: str) -> Any:

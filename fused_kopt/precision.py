@@ -1,7 +1,7 @@
 """Precision policies: how variables, their masters and their slots are stored, and how values are rounded there."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -199,10 +199,18 @@ NAMED: Mapping[str, Precision] = {
 }
 
 
-def get(given: "str | Precision") -> Precision:
-    """A policy by name, or itself. ValueError for unknown names, TypeError for anything else."""
+def serialize(policy: Precision) -> Any:
+    """What `get` turns back into the policy: its name, or its attributes, as JSON has them."""
+    return next((name for name, known in NAMED.items() if known == policy), None) or asdict(policy)
+
+
+def get(given: "str | Precision | Mapping[str, Any]") -> Precision:
+    """A policy by name, by its attributes, or itself. ValueError for unknown names, TypeError for anything else."""
     if isinstance(given, Precision):
         return given
+    if isinstance(given, Mapping):
+        slots = given.get("slots", DEFAULT.slots)
+        return Precision(**{**given, "slots": slots if isinstance(slots, str) else tuple((name, stored) for name, stored in slots)})
     if not isinstance(given, str):
         raise TypeError(f"`precision` must be a name or a Precision. Received: {type(given).__name__}.")
     _among("precision", given, tuple(NAMED))

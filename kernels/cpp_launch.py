@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,23 @@ ONE_THREAD = 65_536
 
 _counter_lock = threading.Lock()
 _launches = 0
+
+
+_process = os.getpid()
+
+
+def _call(function: Any, *arguments: Any) -> None:
+    """Call a compiled function whose last argument is its number of threads.
+
+    In a forked child the threads that OpenMP keeps for the forking thread are gone, and it would wait for them for ever. A new
+    thread gets new ones.
+    """
+    if arguments[-1] > 1 and os.getpid() != _process:
+        thread = threading.Thread(target=function, args=arguments)
+        thread.start()
+        thread.join()
+    else:
+        function(*arguments)
 
 
 def counters() -> tuple[int, int]:
@@ -92,7 +110,7 @@ def bind(update: Any, prepare: Any, measured: Any = None) -> Callable[[Sequence[
                 _launches += 1
             sums = None if measured is None else torch.zeros((len(fixed.blocks), 3), dtype=torch.float64, device="cpu")
             more = () if sums is None else (sums.data_ptr(),)
-            step(address, fixed.address, len(fixed.blocks), clip, numbers, stride, *more, threads)
+            _call(step, address, fixed.address, len(fixed.blocks), clip, numbers, stride, *more, threads)
             if sums is not None:
                 update.sums.add_(sums.sum(dim=0))
 
@@ -107,7 +125,7 @@ def square_norms(norms: Any, table: Any, prepare: Any, row: torch.Tensor) -> tor
     threads = torch.get_num_threads() if table[:, 2].sum() > ONE_THREAD else 1
     with _counter_lock:
         _launches += 1
-    square(table.ctypes.data, norms.blocks.ctypes.data, len(norms.blocks), row.data_ptr(), partial.ctypes.data, threads)
+    _call(square, table.ctypes.data, norms.blocks.ctypes.data, len(norms.blocks), row.data_ptr(), partial.ctypes.data, threads)
     fold(partial.ctypes.data, norms.starts.ctypes.data, len(sums), sums.data_ptr())
     return sums
 
