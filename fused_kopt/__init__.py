@@ -1,6 +1,6 @@
 """Keras optimizers for PyTorch tensors: bit for bit TensorFlow's results, fused into one Triton launch."""
 
-from fused_kopt import errors, optimizers
+from fused_kopt import errors, mixed_precision, optimizers
 from fused_kopt.errors import FusedMismatchError, StaleVariableError, TornStepError
 from fused_kopt.execute import stats
 from fused_kopt.optimizers import SGD, Adadelta, Adagrad, Adam, Adamax, Ftrl, Lion, Nadam, RMSprop
@@ -26,6 +26,7 @@ __all__ = [
     "StaleVariableError",
     "TornStepError",
     "errors",
+    "mixed_precision",
     "optimizers",
     "stats",
     "verify",

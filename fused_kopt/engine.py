@@ -1,7 +1,7 @@
 """A step's course: what Optimizer's public methods call. From pairs to launches, their repetition, and the commit."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,7 +14,6 @@ from fused_kopt.errors import StaleVariableError, TornStepError
 from fused_kopt.execute import Chosen
 from fused_kopt.flat import Flat
 from fused_kopt.hyperparameters import Step
-from fused_kopt.loss_scale import Guard
 from fused_kopt.recording import Sums
 from fused_kopt.repeat import Repeat
 from fused_kopt.replays import Replays, capturing
@@ -120,6 +119,9 @@ class Engine(Declared):
         pairs = self._transform(pairs, aggregated) if pairs else pairs
         if not pairs:
             self._begin([])
+            if self._guard is not None and self._guard.open:  # Keras counts it for the scale
+                self._guard.check([])
+                self._guard.commit()
             return None
         return self._apply(pairs)
 
@@ -232,7 +234,7 @@ class Engine(Declared):
             with torch.no_grad():  # not around the yield: a traceback that keeps this frame would keep gradients off
                 launches = updates.plan(entries, self._state, lambda b: prepared.recipes[(b.device, b.dtype, b.policy)], sums)
             for launch in launches:
-                launch.update.gate = self._guard and self._guard.gate(launch.update.bucket.device)
+                launch.update.gate = None if self._guard is None else self._guard.gate(launch.update.bucket.device)
             yield launches
 
     def _recipe(self, key: Key, steps: dict[torch.dtype, Step]) -> Recipe:

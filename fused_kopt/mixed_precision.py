@@ -2,11 +2,10 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 from typing_extensions import Self
 
@@ -19,7 +18,6 @@ logger = logging.getLogger("fused_kopt")
 INITIAL_SCALE, GROWTH_STEPS = 2.0**15, 2000
 
 
-@optimizers.register
 @Optimizer.register
 class LossScaleOptimizer:
     """An optimizer around another: it scales the loss, unscales the gradients, and leaves out steps whose gradients are not finite.
@@ -219,14 +217,17 @@ class LossScaleOptimizer:
         self.__dict__["_called"] = values["_called"]
 
 
+optimizers.register(cast("type[Optimizer]", LossScaleOptimizer))  # isinstance and issubclass hold, mypy does not know it
+
+
 def _check(inner: Any, dynamic: Any, initial_scale: Any, growth_steps: Any) -> None:
     """The constructor's checks, in Keras's order."""
     if not isinstance(inner, Optimizer):
         raise TypeError(f"`inner_optimizer` must be an optimizer of fused_kopt. Received: {type(inner).__name__}.")
     if not isinstance(dynamic, bool):
         raise TypeError(f"`dynamic` must be a bool. Received: dynamic={dynamic!r}.")
-    if isinstance(inner, LossScaleOptimizer):
-        raise TypeError("A LossScaleOptimizer cannot be put around another one. Pass its `inner_optimizer`'s like, a new one.")
+    if type(inner) is LossScaleOptimizer:
+        raise TypeError("A LossScaleOptimizer cannot be put around another LossScaleOptimizer. Pass an optimizer that has none around it.")
     if inner._scaled:
         raise ValueError("`inner_optimizer` has a LossScaleOptimizer around it already. Make a new optimizer, or use that one.")
     if not dynamic and initial_scale is None:

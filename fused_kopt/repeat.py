@@ -140,7 +140,7 @@ class Repeat:
         """Put the factors of this step's gradients into the launches, and what a guard that checks them says."""
         squares = clipping.measure(self.groups, clips, self._squares, guard)
         for update in self.updates:
-            update.gate = guard and guard.gate(update.bucket.device)
+            update.gate = None if guard is None else guard.gate(update.bucket.device)
         if clips.neutral:
             return
         tables = clipping.factors(self.groups, clips, squares)

@@ -80,7 +80,9 @@ def test_a_float32_master_is_exact_and_follows_the_variable() -> None:
     p, (kept,) = rule(torch.tensor([2.0]), torch.tensor([3.0]), (torch.zeros(1), torch.tensor([1.001])), None)
     assert (p.item(), kept.item()) == (3.0, 3.0)
     found = precision._Seen(torch.zeros(()))
-    options.around(codecs.master_float32, precision._see)(torch.tensor([2.0]), torch.zeros(1), (torch.zeros(1), torch.tensor([1.001])), found)
+    options.around(codecs.master_float32, precision._see)(
+        torch.tensor([2.0]), torch.zeros(1), (torch.zeros(1), torch.tensor([1.001])), found
+    )
     assert found.values[0].item() == 2.0  # somebody wrote 2.0 into the variable, whose master was 1.001
 
 

@@ -77,7 +77,9 @@ def test_bytes_at_rest_are_those_of_the_buffers(optimizer: str) -> None:
 
 def test_a_variable_that_occurs_again_has_its_slots_once() -> None:
     once, again = (fused_kopt.Adam().describe(pairs).buckets[0] for pairs in (dense(), twice()))
-    assert (again.variables, again.elements, again.bytes_at_rest) == (once.variables, once.elements, once.bytes_at_rest) == (2, 22, 1024)  # a variable takes at least 64 elements
+    assert (
+        (again.variables, again.elements, again.bytes_at_rest) == (once.variables, once.elements, once.bytes_at_rest) == (2, 22, 1024)
+    )  # a variable takes at least 64 elements
     assert again.bytes_moved == once.bytes_moved + 2 * 15 * 28
 
 

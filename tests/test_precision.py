@@ -56,7 +56,9 @@ def test_executors_agree(rule: str, policy: str, executor: str) -> None:
 
 
 @pytest.mark.parametrize("executor", ["compiled", "triton"])
-@pytest.mark.parametrize("policy", [Precision(slots="block8"), Precision(slots="bfloat16", rounding="stochastic"), Precision(slots="float8_e4m3")])
+@pytest.mark.parametrize(
+    "policy", [Precision(slots="block8"), Precision(slots="bfloat16", rounding="stochastic"), Precision(slots="float8_e4m3")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_variables_of_other_dtypes(policy: Precision, dtype: torch.dtype, executor: str) -> None:
     first, second = (trained("amsgrad", e, policy, dtype=dtype) for e in (executor, "reference"))
