@@ -1,7 +1,7 @@
 """What a step under loss scaling asks of the host: nothing is read from a device, launches are few. No GPU needed."""
 
+import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -68,7 +68,7 @@ def test_three_launches(stub: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def graph(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def graph(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A stand-in for a CUDA graph: what is "captured" runs at once, and again at every replay."""
 
     class Graph:
@@ -85,7 +85,7 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         def replay(self) -> None:
             self.capture(self.step)
 
-    yield Graph()
+    return Graph()
 
 
 def test_replays_go_on_with_scale_and_skips(graph: Any) -> None:
@@ -99,7 +99,7 @@ def test_replays_go_on_with_scale_and_skips(graph: Any) -> None:
         if captured:
             optimizer.prepare_replays(pairs, steps=8)
             gradient.fill_(2.0)
-            graph.capture(lambda: optimizer.apply_scaled_gradients(pairs))
+            graph.capture(functools.partial(optimizer.apply_scaled_gradients, pairs))
             optimizer.replayed()
         else:
             optimizer.apply_scaled_gradients([(gradient.fill_(2.0), variable)])

@@ -47,7 +47,7 @@ LAYERS = (
     ("mixed_precision",),
     ("",),
     ("checkpoint.neutral", "checkpoint.tables"),
-    ("checkpoint.meaning", "checkpoint.storage", "checkpoint.torch_words"),
+    ("checkpoint.meaning", "checkpoint.scaling", "checkpoint.storage", "checkpoint.torch_words"),
     ("checkpoint.snapshot",),
     ("checkpoint.lists", "checkpoint.torch_read", "checkpoint.torch_write"),
     ("checkpoint.keras_files",),
