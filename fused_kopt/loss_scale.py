@@ -34,6 +34,7 @@ class LossScale:
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
         """Count a step with finite gradients, or one without. finite: 0-d bool. Source: Keras's dynamic loss scale, a factor of 2."""
+        assert self.growth_steps is not None
         full = self.counter + 1 >= self.growth_steps
         doubled = self.scale * 2
         grown = torch.where(full & (doubled < torch.inf), doubled, self.scale)

@@ -1,4 +1,4 @@
-"""Loss scaling, for losses and gradients in float16."""
+"""Training in fewer bits: loss scaling, and gradients added up in float32. Storage is `fused_kopt.Precision`'s."""
 
 import logging
 import math
@@ -10,8 +10,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fused_kopt import optimizers
+from fused_kopt.accumulation import GradientBuffers
 from fused_kopt.loss_scale import Guard, LossScale, times
 from fused_kopt.optimizer import Optimizer
+
+__all__ = ["GradientBuffers", "LossScaleOptimizer"]
 
 logger = logging.getLogger("fused_kopt")
 
@@ -48,6 +51,12 @@ class LossScaleOptimizer:
     Source: Keras's mixed_precision.LossScaleOptimizer for OptimizerV2.
     """
 
+    _inner: Optimizer
+    _initial: float
+    _scale: LossScale
+    _called: set[str]  # of its methods, those that a user should call
+    _unscaling: bool  # in the last step
+
     def __init__(
         self,
         inner_optimizer: Optimizer,
@@ -61,7 +70,7 @@ class LossScaleOptimizer:
         self._adopt(inner_optimizer, initial, LossScale(initial, int(growth) if dynamic else None))
 
     def _adopt(self, inner: Optimizer, initial: float, state: LossScale) -> None:
-        own = {"_inner": inner, "_initial": initial, "_state_of_scale": state, "_called": set(), "_unscaling": False}
+        own = {"_inner": inner, "_initial": initial, "_scale": state, "_called": set(), "_unscaling": False}
         self.__dict__.update(own)
         inner._scaled = True
         if state.growth_steps is not None:
@@ -72,32 +81,32 @@ class LossScaleOptimizer:
     @property
     def inner_optimizer(self) -> Optimizer:
         """The optimizer that takes the steps."""
-        return self._inner  # type: ignore[no-any-return]
+        return self._inner
 
     @property
     def dynamic(self) -> bool:
         """Whether the scale changes."""
-        return self._state_of_scale.growth_steps is not None
+        return self._scale.growth_steps is not None
 
     @property
     def loss_scale(self) -> Tensor:
         """The scale as it is now: a 0-d float32 tensor of its own, on the CPU before the first step and on the gradients' device then."""
-        return self._state_of_scale.scale.clone()  # type: ignore[no-any-return]
+        return self._scale.scale.clone()
 
     @property
     def dynamic_counter(self) -> Tensor | None:
         """Finite steps since the scale changed: the live 0-d int64 tensor. None for a fixed scale."""
-        return self._state_of_scale.counter if self.dynamic else None
+        return self._scale.counter if self.dynamic else None
 
     @property
     def initial_scale(self) -> float:
         """What the scale was at first."""
-        return self._initial  # type: ignore[no-any-return]
+        return self._initial
 
     @property
     def dynamic_growth_steps(self) -> int | None:
         """After so many finite steps in a row the scale is doubled. None for a fixed scale."""
-        return self._state_of_scale.growth_steps  # type: ignore[no-any-return]
+        return self._scale.growth_steps
 
     def get_scaled_loss(self, loss: Any) -> Any:
         """The loss times the scale, in the loss's dtype; of a callable that returns a loss, one that returns a scaled loss.
@@ -105,18 +114,18 @@ class LossScaleOptimizer:
         A float16 loss overflows where it passes 65504: compute the loss itself in float32.
         """
         self._called.add("get_scaled_loss")
-        return (lambda: self._scaled(loss())) if callable(loss) else self._scaled(loss)
+        return (lambda: self._times_scale(loss())) if callable(loss) else self._times_scale(loss)
 
-    def _scaled(self, loss: Tensor) -> Tensor:
+    def _times_scale(self, loss: Tensor) -> Tensor:
         # a copy: autograd keeps it, and a step may come before the backward pass
-        scale = self._state_of_scale.scale.to(loss.device, loss.dtype, non_blocking=True, copy=True)
+        scale = self._scale.scale.to(loss.device, loss.dtype, non_blocking=True, copy=True)
         return loss * scale
 
     def get_unscaled_gradients(self, grads: Iterable[Tensor | None]) -> list[Tensor | None]:
         """New gradients without the scale, in their own dtype; None stays None."""
         self._called.add("get_unscaled_gradients")
         given = list(grads)
-        unscaled = iter(times([g for g in given if g is not None], self._state_of_scale.scale.reciprocal()))
+        unscaled = iter(times([g for g in given if g is not None], self._scale.scale.reciprocal()))
         return [None if g is None else next(unscaled) for g in given]
 
     # Steps.
@@ -134,20 +143,20 @@ class LossScaleOptimizer:
                 "apply_gradients() of a LossScaleOptimizer, but %s was never called: the scale has no effect.", " and ".join(missing)
             )
         with self._guarded(False):
-            return self._inner.apply_gradients(grads_and_vars, name, experimental_aggregate_gradients)  # type: ignore[no-any-return]
+            return self._inner.apply_gradients(grads_and_vars, name, experimental_aggregate_gradients)
 
     def apply_scaled_gradients(
         self, grads_and_vars: Iterable[tuple[Any, Tensor]], name: str | None = None, experimental_aggregate_gradients: bool = True
     ) -> Tensor | None:
         """`apply_gradients` for the gradients of a scaled loss: the launch unscales them, in float32 whatever their dtype."""
         with self._guarded(True):
-            return self._inner.apply_gradients(grads_and_vars, name, experimental_aggregate_gradients)  # type: ignore[no-any-return]
+            return self._inner.apply_gradients(grads_and_vars, name, experimental_aggregate_gradients)
 
     @contextmanager
     def _guarded(self, unscale: bool) -> Iterator[None]:
         with self._inner._lock:
             self.__dict__["_unscaling"] = unscale
-            self._inner._guard = Guard(self._state_of_scale, unscale)
+            self._inner._guard = Guard(self._scale, unscale)
             try:
                 yield
             finally:
@@ -210,10 +219,10 @@ class LossScaleOptimizer:
         return sorted({*super().__dir__(), *dir(self._inner)})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in ("_inner", "_initial", "_state_of_scale", "_called")}
+        return {key: self.__dict__[key] for key in ("_inner", "_initial", "_scale", "_called")}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
-        self._adopt(values["_inner"], values["_initial"], values["_state_of_scale"])
+        self._adopt(values["_inner"], values["_initial"], values["_scale"])
         self.__dict__["_called"] = values["_called"]
 
 
@@ -226,7 +235,7 @@ def _check(inner: Any, dynamic: Any, initial_scale: Any, growth_steps: Any) -> N
         raise TypeError(f"`inner_optimizer` must be an optimizer of fused_kopt. Received: {type(inner).__name__}.")
     if not isinstance(dynamic, bool):
         raise TypeError(f"`dynamic` must be a bool. Received: dynamic={dynamic!r}.")
-    if type(inner) is LossScaleOptimizer:
+    if issubclass(type(inner), LossScaleOptimizer):
         raise TypeError("A LossScaleOptimizer cannot be put around another LossScaleOptimizer. Pass an optimizer that has none around it.")
     if inner._scaled:
         raise ValueError("`inner_optimizer` has a LossScaleOptimizer around it already. Make a new optimizer, or use that one.")

@@ -26,6 +26,10 @@ class StepStats(TypedDict):
     """Steps taken, this one included."""
 
 
+# A copy on the CPU, and what to wait for before it is read, or None.
+Fetched = tuple[Tensor, Any]
+
+
 class Sums:
     """A step's sums of squares."""
 
@@ -38,13 +42,13 @@ class Sums:
             self._devices[device] = torch.zeros(3, dtype=torch.float64, device=device)
         return self._devices[device]
 
-    def fetched(self) -> list[tuple[Tensor, Any]]:
+    def fetched(self) -> list[Fetched]:
         """`fetched` of each device's sums."""
         return [fetched(sums) for sums in self._devices.values()]
 
 
-def fetched(tensor: Tensor) -> tuple[Tensor, Any]:
-    """A copy on the CPU, and what to wait for before it is read, or None.
+def fetched(tensor: Tensor) -> Fetched:
+    """A copy on the CPU.
 
     That of a GPU is on its way into pinned memory: reading it later waits for this step, not for all that was launched since.
     """
@@ -52,6 +56,14 @@ def fetched(tensor: Tensor) -> tuple[Tensor, Any]:
         return tensor.detach().to("cpu", copy=True), None
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
     return copy, torch.cuda.current_stream(tensor.device).record_event()
+
+
+def _read(found: Fetched) -> Any:
+    """The numbers, once they are there."""
+    tensor, event = found
+    if event is not None:
+        event.synchronize()
+    return tensor.tolist()
 
 
 class Recorder:
@@ -72,7 +84,8 @@ class Recorder:
             raise ValueError(f"`stats_every` must be an int >= 0 (0: never). Received: stats_every={every!r}.")
         self.every = every
         self.skipped: int | Tensor = 0
-        self._last: tuple[list[tuple[Tensor, Any]], float, int] | None = None
+        self._last: tuple[list[Fetched], float, int] | None = None
+        self._skipped: Fetched | None = None
 
     def start(self, step: int) -> Sums | None:
         """Where the launches of a step (the first is 1) add what they measure; None for a step that is not measured."""
@@ -81,8 +94,8 @@ class Recorder:
     def finish(self, sums: Sums | None, learning_rate: float, iterations: int) -> None:
         """Keep what a step has measured. Waits for nothing."""
         if sums is not None:
-            skipped = fetched(torch.as_tensor(self.skipped))
-            self._last = [skipped, *sums.fetched()], learning_rate, iterations
+            self._last = sums.fetched(), learning_rate, iterations
+            self._skipped = fetched(self.skipped) if isinstance(self.skipped, Tensor) else None
 
     def last(self) -> StepStats | None:
         """The last measured step; None before there is one. Waits until the device has taken it.
@@ -93,21 +106,17 @@ class Recorder:
             if not self.every:
                 raise RuntimeError("Steps are not measured. Construct the optimizer with stats_every=1, or more to measure fewer steps.")
             return None
-        found, learning_rate, iterations = self._last
-        for _, event in found:
-            if event is not None:
-                event.synchronize()
-        skipped, *sums = (tensor.tolist() for tensor, _ in found)
-        gradient, update, weight = (math.sqrt(sum(squares)) for squares in zip(*sums, strict=True))
+        sums, learning_rate, iterations = self._last
+        gradient, update, weight = (math.sqrt(sum(squares)) for squares in zip(*map(_read, sums), strict=True))
         return StepStats(
             gradient_norm=gradient,
             update_norm=update,
             weight_norm=weight,
             update_ratio=update / weight if weight else math.inf if update else 0.0,
-            skipped_steps=skipped,
+            skipped_steps=int(self.skipped) if self._skipped is None else _read(self._skipped),
             learning_rate=learning_rate,
             iterations=iterations,
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"every": self.every, "skipped": self.skipped, "_last": None}
+        return {"every": self.every, "skipped": self.skipped, "_last": None, "_skipped": None}

@@ -47,7 +47,7 @@ def golden() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("fused", [False, True], ids=["unscaled before", "unscaled in the launch"])
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("case", range(len(scales.CASES)), ids=lambda i: scales.CASES[i][0])
-def test_keras_runs(case: int, executor: Any, fused: bool, golden: dict[str, np.ndarray]) -> None:
+def test_A3_A4_keras_runs(case: int, executor: Any, fused: bool, golden: dict[str, np.ndarray]) -> None:
     """Scale, counter, iterations, variable after every step and all weights at the end, bit for bit."""
     name, options, scaling, steps = scales.CASES[case]
     optimizer: Any = LossScaleOptimizer(getattr(optimizers, name)(**options, executor=executor), **scaling)

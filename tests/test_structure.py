@@ -39,7 +39,7 @@ LAYERS = (
     ("repeat",),
     ("repeats", "replays"),
     ("borrowed", "contract"),
-    ("declared",),
+    ("accumulation", "declared"),
     ("engine",),
     ("optimizer",),
     tuple(f"optimizers.{name}" for name in OPTIMIZERS),

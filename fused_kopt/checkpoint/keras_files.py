@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import h5py
 
-from fused_kopt.checkpoint import lists, meaning, snapshot
+from fused_kopt.checkpoint import lists, meaning, scaling, snapshot
 from fused_kopt.checkpoint.lists import ITERATIONS, RATE, Identifier, Place
 from fused_kopt.checkpoint.neutral import Checkpoint, Order
 from fused_kopt.checkpoint.storage import FilePath

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +15,16 @@ from fused_kopt.optimizer import Optimizer
 NAMES = ("loss_scale", "dynamic_counter")
 
 
-def inner(optimizer: Optimizer) -> Optimizer:
+def inner(optimizer: Any) -> Optimizer:
     """The optimizer that takes the steps."""
-    return optimizer.inner_optimizer if isinstance(optimizer, LossScaleOptimizer) else optimizer
+    return optimizer.inner_optimizer if type(optimizer) is LossScaleOptimizer else optimizer
 
 
-def live(optimizer: Optimizer) -> dict[str, Tensor]:
+def live(optimizer: Any) -> dict[str, Tensor]:
     """The tensors of a dynamic loss scale, by NAMES; none of any other optimizer."""
-    if not isinstance(optimizer, LossScaleOptimizer) or not optimizer.dynamic:
+    if type(optimizer) is not LossScaleOptimizer or not optimizer.dynamic:
         return {}
-    state = optimizer._state_of_scale
+    state = optimizer._scale
     return {"loss_scale": state.scale, "dynamic_counter": state.counter}
 
 
