@@ -31,15 +31,15 @@ def test_gradients_keep_their_dtype(variable: torch.dtype, gradient: torch.dtype
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_many_small_gradients_are_not_lost(executor: Any) -> None:
-    """256 micro-batches of 1/256: 1 in a float32 buffer; a bfloat16 sum stalls at 1/2, where 1/256 is half a unit in the last place."""
+    """512 micro-batches of 1/512: 1 in a float32 buffer; a bfloat16 sum stalls at 1/2, where 1/512 is half a unit in the last place."""
     variables = [torch.zeros(n, dtype=BF16) for n in (5, 64, 1030)]
     buffers, control = GradientBuffers(variables, executor), torch.zeros(5, dtype=BF16)
-    count = 256 if executor == "compiled" else 16
+    count = 512 if executor == "compiled" else 16
     for _ in range(count):
-        buffers.add([torch.full_like(v, 1 / 256) for v in variables])
-        control += 1 / 256
-    assert [b.unique().tolist() for b in buffers.buffers] == [[count / 256]] * 3
-    if count == 256:
+        buffers.add([torch.full_like(v, 1 / 512) for v in variables])
+        control += 1 / 512
+    assert [b.unique().tolist() for b in buffers.buffers] == [[count / 512]] * 3
+    if count == 512:
         assert control.unique().tolist() == [0.5]
 
 
@@ -88,7 +88,7 @@ def test_micro_batches_equal_one_batch(executor: Any) -> None:
 def test_bad_input_adds_nothing() -> None:
     variables = [torch.ones(3), torch.ones(2)]
     buffers = GradientBuffers(variables)
-    with pytest.raises(ValueError, match="one gradient for each of 2 variables. Received: 1"):
+    with pytest.raises(ValueError, match="for each of 2 variables"):
         buffers.add([torch.ones(3)])
     with pytest.raises(ValueError, match="shape"):
         buffers.add([torch.ones(3), torch.ones(3)])
