@@ -6,23 +6,19 @@ from typing import Any, ClassVar
 
 import torch
 
-from fused_kopt import hyperparameters, slots
-from fused_kopt.contract import Contract
+from fused_kopt import hyperparameters
 from fused_kopt.execute import Rule, Update
 from fused_kopt.hyperparameters import Step
 from fused_kopt.precision import Precision
 from fused_kopt.repeat import Scalars
+from fused_kopt.stored import Stored
 
 
-class Declared(Contract):
-    """The part of Optimizer that subclasses fill, besides its slots. Launches nothing."""
+class Declared(Stored):
+    """The part of Optimizer that subclasses fill, and what a step's numbers are."""
 
     exact: ClassVar[bool] = True  # False where the rule has a general power, in which executors differ by up to 2 ulp
     carries: ClassVar[bool] = False  # whether scalars depend on more of earlier steps than their number
-
-    @abstractmethod
-    def rule(self) -> Rule:
-        """The update rule of this configuration: a module-level function."""
 
     def sparse_rule(self, rank: int) -> Rule:
         """The rule for sparse gradients of a variable of `rank` dimensions, where Keras's operation order differs there."""
@@ -35,10 +31,6 @@ class Declared(Contract):
     def _rate(self, step: Step) -> Any:
         """This step's learning rate: schedule or value, divided by 1 + decay * iterations."""
         return step.learning_rate(self.learning_rate, self._initial_decay)
-
-    def _stored_rule(self, dtype: torch.dtype, policy: Precision) -> Rule:
-        """The rule on what a policy stores."""
-        return policy.rule(dtype, slots.flatten(self.slot_groups()), self.rule())
 
     def _scalars(self, key: tuple[torch.dtype, Precision], steps: dict[torch.dtype, Step]) -> tuple[Any, dict[int, Any]]:
         """This step's scalars in a compute dtype under a policy, and by id those of variables with a learning rate of their own.

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kopt import aggregate, clipping, execute, gradients, hyperparameters, layout, slots, updates, verification
+from fused_kopt import aggregate, clipping, execute, gradients, hyperparameters, layout, updates, verification
 from fused_kopt.clipping import Clips
 from fused_kopt.declared import Declared
-from fused_kopt.errors import StaleVariableError, TornStepError
+from fused_kopt.errors import TornStepError
 from fused_kopt.execute import Chosen
 from fused_kopt.flat import Flat
 from fused_kopt.hyperparameters import Step
@@ -61,24 +61,6 @@ class Engine(Declared):
                 self._stepping = False
                 if torch.is_grad_enabled() != recording:  # Ctrl-C between no_grad's entry and its block
                     torch.set_grad_enabled(recording)
-
-    def _check_known(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        for position, (_, variable) in enumerate(pairs):
-            was = self._state.built_as(variable)
-            now = (tuple(variable.shape), variable.dtype, variable.device)
-            if was not in (None, now):
-                what = gradients.name(variable, position)
-                raise StaleVariableError(f"{what} was {was} when its slots were made and is {now} now. Use a new optimizer for it.")
-
-    def _check_precision(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Raises ValueError for a policy without meaning for a variable, TypeError for a sparse gradient that it cannot serve."""
-        for position, (gradient, variable) in enumerate(pairs):
-            policy, what = self._state.key(variable)[2], gradients.name(variable, position)
-            policy.check(variable.dtype, slots.flatten(self.slot_groups()), what)
-            if gradient.layout != torch.strided and policy.groups(variable.dtype, self.slot_groups()) != self.slot_groups():
-                raise TypeError(
-                    f"The gradient of {what} is sparse, which {policy} does not serve. Use precision='float32' for this variable."
-                )
 
     def _transform(self, pairs: list[tuple[Tensor, Tensor]], aggregated: bool) -> list[tuple[Tensor, Tensor]]:
         """Aggregation, a guard's look if there are transformers, then these; what they return is checked like what the caller passed."""

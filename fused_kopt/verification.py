@@ -169,7 +169,7 @@ def proven(update: Update, executor: Chosen, requested: Executor) -> Chosen:
         return executor
     for dtype in update.tables or {g.dtype for g in update.gradients if g is not None}:
         clipped, measured = update.factors is not None, update.sums is not None
-        planes = tuple((name, bucket.kind(name)) for name in update.names)
+        planes = tuple(zip(update.names, bucket.planes(update.names), strict=True))
         key = (bucket.device, bucket.dtype, dtype, bucket.stored, planes, clipped, measured)
         reason = _known_answer(update.rule, key, type(update.scalars), update.exact, executor)
         if _usable(reason, bucket.device, executor, requested) == "reference":

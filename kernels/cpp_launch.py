@@ -72,21 +72,26 @@ class Fixed:
         self.threads = update.bucket.segments[-1].end > ONE_THREAD
 
 
-def bind(update: Any, prepare: Any, measured: Any = None) -> Callable[[Sequence[float], torch.Tensor | None], None]:
-    """A function of the scalars and factors that executes an update (`fused_kopt.execute.Update`): a call per gradient dtype.
-
-    measured: for an update with sums, what of a gradient they are of.
-    """
+def _fixed(update: Any) -> Fixed:
     bucket = update.bucket
     if bucket.tables is None:
         bucket.tables = {}
     if "cpp" not in bucket.tables:
         bucket.tables["cpp"] = Fixed(update)
     fixed: Fixed = bucket.tables["cpp"]
+    return fixed
+
+
+def bind(update: Any, prepare: Any, measured: Any = None) -> Callable[[Sequence[float], torch.Tensor | None], None]:
+    """A function of the scalars and factors that executes an update (`fused_kopt.execute.Update`): a call per gradient dtype.
+
+    measured: for an update with sums, what of a gradient they are of.
+    """
+    bucket, fixed = update.bucket, _fixed(update)
     kind: Any = type(update.scalars)
     wide = bucket.compute == torch.float64
     row = (ctypes.c_double if wide else ctypes.c_float) * len(update.scalars)
-    planes = tuple(bucket.kind(name) for name in update.names)
+    planes = bucket.planes(update.names)
     calls = [
         (kernel(update.rule, prepare, kind, planes, (bucket.dtype, dtype), measured), table, table.ctypes.data)
         for dtype, table in update.segment_tables().items()

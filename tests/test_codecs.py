@@ -98,11 +98,10 @@ def test_what_is_not_a_number_stays_none(master: str) -> None:
 
 def packed(values: Tensor, stored: str, positive: bool = False, rounding: Any = codecs.half) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and what is read back, after a slot took `values`."""
-    plain, never_negative, _, _ = precision.EIGHT[stored]
-    codec = never_negative if positive else plain
+    codec = precision.EIGHT[stored][0][positive]
 
     def fill(p, g, slots, s):  # type: ignore[no-untyped-def]
-        return p, slots[1:-1] + (g,)
+        return p, (*slots[1:-1], g)
 
     zero = torch.zeros_like(values)
     position, code = torch.arange(values.numel(), dtype=torch.int32), torch.zeros_like(values, dtype=torch.int32)
@@ -239,7 +238,7 @@ def test_get() -> None:
         assert precision.get(precision.serialize(policy)) == policy
     with pytest.raises(ValueError, match="`precision` must be one of float32, bf16_master"):
         precision.get("bf16")
-    with pytest.raises(TypeError, match="must be a name or a Precision. Received: int"):
+    with pytest.raises(TypeError, match=r"must be a name or a Precision\. Received: int"):
         precision.get(16)  # type: ignore[arg-type]
 
 
