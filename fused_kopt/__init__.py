@@ -3,7 +3,7 @@
 Modules to import by themselves: `fused_kopt.torch_optim`, the optimizers as subclasses of torch.optim.Optimizer; `fused_kopt.checkpoint`.
 """
 
-from fused_kopt import errors, optimizers
+from fused_kopt import errors, mixed_precision, optimizers
 from fused_kopt.errors import FusedMismatchError, StaleVariableError, TornStepError
 from fused_kopt.execute import stats
 from fused_kopt.optimizers import SGD, Adadelta, Adagrad, Adam, Adamax, Ftrl, Lion, Nadam, RMSprop
@@ -29,6 +29,7 @@ __all__ = [
     "StaleVariableError",
     "TornStepError",
     "errors",
+    "mixed_precision",
     "optimizers",
     "stats",
     "verify",

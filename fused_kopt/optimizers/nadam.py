@@ -90,6 +90,7 @@ class Nadam(Optimizer):
     """
 
     sparse_rows = "state"
+    carries = True
     beta_1 = Hyperparameter(0.0, 1.0)
     beta_2 = Hyperparameter(0.0, 1.0)
 
