@@ -22,7 +22,6 @@ class Counters:
 
     def __init__(self, owners: Mapping[Tensor, State], kinds: Mapping[str, tuple[torch.dtype, float]]) -> None:
         self.params, states = list(owners), list(owners.values())
-        self._ids = list(map(id, states))
         self.values: dict[str, Any] = {}
         self._views: dict[str, list[Tensor]] = {}
         for name, (dtype, initial) in kinds.items():
@@ -32,9 +31,9 @@ class Counters:
                 state[name] = view
 
     def of(self, owners: Mapping[Tensor, State]) -> bool:
-        """Whether these are the states, with the counters in their places: whoever loads or moves a state replaces them."""
+        """Whether these are the parameters, with the counters in their states: whoever loads or moves a state replaces them."""
         states = list(owners.values())
-        if list(map(id, states)) != self._ids or not all(map(is_, owners, self.params)):
+        if len(states) != len(self.params) or not all(map(is_, owners, self.params)):
             return False
         return all(all(map(is_, [state.get(name) for state in states], views)) for name, views in self._views.items())
 
