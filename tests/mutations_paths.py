@@ -18,7 +18,7 @@ BORROWED = (
             "not layout.same_layout(segment.shape, segment.stride, slot.stride())",
             "False",
         ),
-        ("repeats of another rule", "prepare", " or not repeat.applies(task.rule, task.clips)", ""),
+        ("repeats of another rule", "prepare", " or not repeat.applies(task.rule, task.clips, task.sums)", ""),
         ("slots kept alive", "_anew", "each.update.bucket.borrow({})", "pass"),
         ("slots of one dtype for all", "_buckets", "slots[0][position].dtype if slots else", "slots[0][0].dtype if slots else"),
         ("shared slots not seen", "_check_slots", "if overlap or", "if False and overlap or False and"),
@@ -56,7 +56,7 @@ REPEAT = (
         ("factors in the order of the pairs", "_take", "order[p] for p in positions]", "p for p in positions]"),
         ("factors never reordered", "_take", "np.array_equal(take, np.arange(len(order)))", "len(take) == len(order)"),
         ("factors of every compute dtype", "_take", "if (group.device, group.compute) == (bucket.device, bucket.compute)", ""),
-        ("norms of the gradients as they lie", "clip", "starts[g.positions]", "starts[: len(g.positions)]"),
+        ("norms of the gradients as they lie", "_squares", "starts[g.positions]", "starts[: len(g.positions)]"),
     ),
     *group(
         REPEATED,
@@ -174,6 +174,10 @@ CLIPPING = (
             "double({value.text}) * double({value.text})",
             "double({value.text} * {value.text})",
         ),
+    ),
+    *group(
+        "test_norm_sums.py test_norms.py",
+        "kernels/cpp_text.py",
         ("C++ neighbours as halves", "", "s[i] = s[2 * i] + s[2 * i + 1]", "s[i] = s[i] + s[i + length / 2]"),
         ("sums of an earlier block", "", "for (int64_t i = count; i < length; ++i) s[i] = 0;", ""),
         ("C++ block sums beyond the first 1,024", "", "total[k % 1024] +=", "if (k < 1024) total[k % 1024] +="),
