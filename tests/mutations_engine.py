@@ -127,8 +127,8 @@ ENGINE = (
         (
             "transformers before the aggregator",
             "_transform",
-            "[self._aggregator] * aggregated + self._transformers",
-            "self._transformers + [self._aggregator] * aggregated",
+            "[*[self._aggregator] * aggregated, *looks, *self._transformers]",
+            "[*looks, *self._transformers, *[self._aggregator] * aggregated]",
         ),
         ("aggregated always", "_transform", "[self._aggregator] * aggregated", "[self._aggregator]"),
         ("an empty list is a step", "_apply_pairs", "if not pairs:", "if False:"),

@@ -56,7 +56,7 @@ REPEAT = (
         ("factors in the order of the pairs", "_take", "order[p] for p in positions]", "p for p in positions]"),
         ("factors never reordered", "_take", "np.array_equal(take, np.arange(len(order)))", "len(take) == len(order)"),
         ("factors of every compute dtype", "_take", "if (group.device, group.compute) == (bucket.device, bucket.compute)", ""),
-        ("norms of the gradients as they lie", "_squares", "starts[g.positions]", "starts[: len(g.positions)]"),
+        ("norms of the gradients as they lie", "_squares", "[group.positions]", "[: len(group.positions)]"),
     ),
     *group(
         REPEATED,
@@ -90,7 +90,7 @@ REPEAT = (
         ("verified once", "_known", "self._verifying() or ", ""),
         ("aggregated once", "_known", " or reduced", ""),
         ("torn repeats forgotten", "_again", "self._torn = True", "pass"),
-        ("factors of an earlier step", "_again", "repeat.clip(self._clipping())", "pass"),
+        ("factors of an earlier step", "_again", "repeat.clip(self._clipping(), self._guard)", "pass"),
         ("collectives of what is there", "_apply_flat", "flat.gather()", "pass"),
     ),
 )
@@ -139,7 +139,7 @@ CLIPPING = (
         "test_norm_sums.py test_norms.py test_repeat.py test_clipping.py test_compiled.py",
         "fused_kopt/clipping.py",
         ("gradient dtypes in one group", "groups", ", gradient.dtype)", ")"),
-        ("limits of the first step", "table", "if clips not in self._tables:", "if not self._tables:"),
+        ("limits of the first step", "_fixed", "if clips not in self._tables:", "if not self._tables:"),
         ("shared factors written", "factors", "tables = [table.clone() for table in tables]", "tables = list(tables)"),
         ("factors of another pair", "rows", "zip(group.positions, table.unbind(), strict=True)", "enumerate(table.unbind())"),
     ),

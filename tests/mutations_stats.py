@@ -62,7 +62,7 @@ STATS = (
     *group(
         STEP,
         "fused_kopt/recording.py",
-        ("numbers read before they arrive", "last", "event.synchronize()", "pass"),
+        ("numbers read before they arrive", "_read", "event.synchronize()", "pass"),
         ("squares for norms", "last", "math.sqrt(sum(squares))", "sum(squares)"),
     ),
     *group(STEP, "fused_kopt/hyperparameters.py", ("no rate kept", "learning_rate", "self.rate = rate if", "self.t and rate if")),
