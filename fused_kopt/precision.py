@@ -22,6 +22,7 @@ MASTERS: dict[str, tuple[Rule, str, torch.dtype]] = {
     "int8": (codecs.master_int8, "remainder", torch.int8),
     "kahan": (codecs.master_kahan, "compensation", torch.bfloat16),
 }
+KEPT = tuple(name for _, name, _ in MASTERS.values())  # what a master's planes are called
 WHOLE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of each 8-bit format: codec, codec of slots that are never negative, code and value of a group's largest element.
 EIGHT: dict[str, tuple[Rule, Rule, tuple[int, int], float]] = {
@@ -82,7 +83,9 @@ class Precision:
             raise ValueError(f"{self} names slots that this optimizer lacks: {unknown}. It has {sorted(names)}.")
         rough = [slot.name for slot in slots if self.format(slot) != "float32"]
         if "mg" in names and {"mg", "rms"} & set(rough):
-            raise ValueError(f"{self} stores {rough} in few bits; rms - mg^2 of a centered RMSprop would turn negative. Use float32 for both.")
+            raise ValueError(
+                f"{self} stores {rough} in few bits; rms - mg^2 of a centered RMSprop would turn negative. Use float32 for both."
+            )
 
     @property
     def random(self) -> bool:
@@ -205,3 +208,8 @@ def get(given: "str | Precision") -> Precision:
         raise TypeError(f"`precision` must be a name or a Precision. Received: {type(given).__name__}.")
     _among("precision", given, tuple(NAMED))
     return NAMED[given]
+
+
+def title(policy: Precision) -> str:
+    """A policy's name; what it consists of where it has none."""
+    return next((name for name, named in NAMED.items() if named == policy), repr(policy))

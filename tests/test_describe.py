@@ -77,7 +77,7 @@ def test_bytes_at_rest_are_those_of_the_buffers(optimizer: str) -> None:
 
 def test_a_variable_that_occurs_again_has_its_slots_once() -> None:
     once, again = (fused_kopt.Adam().describe(pairs).buckets[0] for pairs in (dense(), twice()))
-    assert (again.variables, again.elements, again.bytes_at_rest) == (once.variables, once.elements, once.bytes_at_rest) == (2, 22, 256)
+    assert (again.variables, again.elements, again.bytes_at_rest) == (once.variables, once.elements, once.bytes_at_rest) == (2, 22, 1024)
     assert again.bytes_moved == once.bytes_moved + 2 * 15 * 28
 
 
@@ -115,7 +115,7 @@ def test_a_missing_compiler_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("case", "note"),
     [
-        (two_dtypes, "devices and dtypes, a bucket for each: 2"),
+        (two_dtypes, "devices, dtypes and precision policies, a bucket for each: 2"),
         (two_gradient_dtypes, "several dtypes"),
         (sparse, "sparse gradients, a launch for each on gathered rows, whose bytes are not counted: 2"),
         (twice, "launches of their own: 2"),
@@ -157,8 +157,8 @@ def test_it_changes_nothing() -> None:
 def test_text() -> None:
     opt = fused_kopt.Adam(executor="compiled", name="mine")
     first, second, third = str(opt.describe([torch.zeros(1000), torch.zeros(1)])).split("\n")
-    assert first == "mine: 1 launch per step, 28.0 kB moved, 8.2 kB of slots"
-    assert second == "  cpu float32: 2 variables, 1,001 elements, slots m, v (8.2 kB)"
+    assert first == "mine: 1 launch per step, 28.0 kB moved, 8.7 kB of slots"
+    assert second == "  cpu float32: 2 variables, 1,001 elements, slots m, v (8.7 kB)"
     assert third == "    compiled (asked for): 1 launch, 28.0 kB moved"
     assert "1 variable, 3 elements, no slots" in str(fused_kopt.SGD().describe([torch.zeros(3)]))
 
