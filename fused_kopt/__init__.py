@@ -3,6 +3,7 @@
 from fused_kopt import errors, optimizers
 from fused_kopt.errors import FusedMismatchError, StaleVariableError, TornStepError
 from fused_kopt.execute import stats
+from fused_kopt.memory import estimate_memory
 from fused_kopt.optimizers import SGD, Adadelta, Adagrad, Adam, Adamax, Ftrl, Lion, Nadam, RMSprop
 from fused_kopt.precision import Precision
 from fused_kopt.tape import GradientTape
@@ -26,6 +27,7 @@ __all__ = [
     "StaleVariableError",
     "TornStepError",
     "errors",
+    "estimate_memory",
     "optimizers",
     "stats",
     "verify",

@@ -168,12 +168,12 @@ def _count(pairs: Pairs) -> int:
     return len(dense) + sum(g.layout != torch.strided for g, _ in pairs)
 
 
-def _own(variable: Tensor) -> bool:
+def in_place(variable: Tensor) -> bool:
     """Whether a launch can work on the variable in its place."""
     return not variable.is_neg() and layout.same_layout(variable.shape, layout.dense_stride(variable), variable.stride())
 
 
-def _fits(gradient: Tensor, variable: Tensor) -> bool:
+def fits(gradient: Tensor, variable: Tensor) -> bool:
     """Whether a launch can read the gradient in its place."""
     return layout.same_layout(variable.shape, layout.dense_stride(variable), gradient.stride())
 
@@ -183,7 +183,7 @@ def _moved(gradient: Tensor, variable: Tensor, kept: Sequence[Plane]) -> int:
     if gradient.layout != torch.strided:
         return 0
     own = variable.dtype.itemsize
-    copies = (0 if _own(variable) else 4 * own) + (0 if _fits(gradient, variable) else 2 * gradient.dtype.itemsize)
+    copies = (0 if in_place(variable) else 4 * own) + (0 if fits(gradient, variable) else 2 * gradient.dtype.itemsize)
     return variable.numel() * (2 * own + gradient.dtype.itemsize + copies) + planes.moved(kept, variable.numel())
 
 
@@ -201,7 +201,7 @@ def _notes(pairs: Pairs, clips: Clips, buckets: Sequence[BucketDescription], mem
     again = sum(number > 0 for number, _ in _occurrences(pairs))
     if again:
         yield f"gradients whose variable had one before in this step, in launches of their own: {again}"
-    strided, foreign = sum(not _own(v) for _, v in dense), sum(not _fits(g, v) for g, v in dense)
+    strided, foreign = sum(not in_place(v) for _, v in dense), sum(not fits(g, v) for g, v in dense)
     if strided:
         yield f"variables with gaps between their elements, copied and written back: {strided}"
     if foreign:
