@@ -118,7 +118,8 @@ def begin(task: Task, optimizer: str, policy: str, seed: int, steps: int) -> Tra
     if execute.why_not_compiled(torch.device("cpu")) is None:
         made.executor = "compiled"  # `auto` would take the reference for so few elements: the same bits, several times slower
     made.build(variables.values())
-    return Training(task, made, model, variables, LAST_RATE ** (1 / steps))
+    # Ftrl's rate scales the whole variable, not only its steps
+    return Training(task, made, model, variables, 1.0 if optimizer == "ftrl" else LAST_RATE ** (1 / steps))
 
 
 def compare(weights: Tensor, oracle: Tensor, first: Tensor, step: int) -> Point:
