@@ -106,7 +106,7 @@ class Borrower:
         with torch.no_grad():
             launches = [_launch(bucket, members, entries, given, task) for bucket, members in _buckets(pairs, given.slots)]
         for launch in launches:
-            launch.update.sums = sums and sums.on(launch.update.bucket.device)
+            launch.update.sums = None if sums is None else sums.on(launch.update.bucket.device)
         chosen = [verification.proven(launch.update, executors[launch.update.bucket.device], self.executor) for launch in launches]
         updates.run(launches, chosen, sums)
         self._repeats.learn(pairs, launches, chosen, self.executor, slots)

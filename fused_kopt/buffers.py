@@ -77,6 +77,10 @@ class Bucket:
         """A slot's dtype, and how many elements share one value: 0 for positions, which are counted and not stored."""
         return self.kinds.get(name, (self.stored, 1))
 
+    def planes(self, names: Iterable[str]) -> tuple[tuple[torch.dtype, int], ...]:
+        """The kinds of several slots."""
+        return tuple(map(self.kind, names))
+
     def addresses(self, name: str) -> Any:
         """Where each variable's slot begins, int64 [variables]; of positions, the first one."""
         offsets = np.array([segment.offset for segment in self.segments], dtype=np.int64)

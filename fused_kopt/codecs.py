@@ -124,7 +124,7 @@ def block(p, g, slots, s):
     """A sign, and 127 magnitudes of 4 exponent bits and 3 of mantissa below the group's largest; below 2^-16 of it, zero."""
     code = slots[1] & 0x7F
     old = op.where(code > 0, op.number((code << 20) + 0x37900000), 0.0) * op.spread(slots[2], g)
-    p, values = inner(p, g, slots[:1] + slots[3:] + (op.where(slots[1] > 127, -old, old),), s)  # noqa: RUF005
+    p, values = inner(p, g, slots[:1] + slots[3:] + (op.where(slots[1] > 127, -old, old),), s)
     x = values[-1]
     scale, inverse = scale_of(x, 1.0, slots[0])
     step = (rounding(slots[0], s) >> 12) & 0xFFFFF
@@ -136,7 +136,7 @@ def block_positive(p, g, slots, s):
     """For slots that are never negative: 256 magnitudes of 5 exponent bits and 3 of mantissa. None of them is zero, unless the
     whole group is: a root in a denominator stays at least 2^-16 of the group's largest."""
     old = op.number((slots[1] << 20) + 0x2F900000) * op.spread(slots[2], g)
-    p, values = inner(p, g, slots[:1] + slots[3:] + (old,), s)  # noqa: RUF005
+    p, values = inner(p, g, slots[:1] + slots[3:] + (old,), s)
     x = values[-1]
     scale, inverse = scale_of(x, 1.0, slots[0])
     code = (op.bits(x * op.spread(inverse, x)) - 0x2F900000 + ((rounding(slots[0], s) >> 12) & 0xFFFFF)) >> 20
@@ -148,7 +148,7 @@ def float8_e4m3(p, g, slots, s):
     code = slots[1] & 0x7F
     small = (op.number(code | 0x4B000000) - 8388608.0) * 0.001953125
     old = op.where(code > 7, op.number((code << 20) + 0x3C000000), small) * op.spread(slots[2], g)
-    p, values = inner(p, g, slots[:1] + slots[3:] + (op.where(slots[1] > 127, -old, old),), s)  # noqa: RUF005
+    p, values = inner(p, g, slots[:1] + slots[3:] + (op.where(slots[1] > 127, -old, old),), s)
     x = values[-1]
     scale, inverse = scale_of(x, 1 / 448, slots[0])
     y, f = op.abs(x) * op.spread(inverse, x), rounding(slots[0], s)
@@ -162,7 +162,7 @@ def float8_e5m2(p, g, slots, s):
     code = slots[1] & 0x7F
     small = (op.number(code | 0x4B000000) - 8388608.0) * 1.52587890625e-05
     old = op.where(code > 3, op.number((code << 21) + 0x38000000), small) * op.spread(slots[2], g)
-    p, values = inner(p, g, slots[:1] + slots[3:] + (op.where(slots[1] > 127, -old, old),), s)  # noqa: RUF005
+    p, values = inner(p, g, slots[:1] + slots[3:] + (op.where(slots[1] > 127, -old, old),), s)
     x = values[-1]
     scale, inverse = scale_of(x, 1 / 57344, slots[0])
     y, f = op.abs(x) * op.spread(inverse, x), rounding(slots[0], s)

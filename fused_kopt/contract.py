@@ -4,22 +4,21 @@ import itertools
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from fused_kopt import aggregate, hyperparameters, precision, slots, state
+from fused_kopt import aggregate, hyperparameters, precision, state
 from fused_kopt.execute import Executor
 from fused_kopt.hyperparameters import Hyperparameter, Options
 from fused_kopt.precision import Precision
 from fused_kopt.recording import Recorder
 from fused_kopt.repeats import Repeats
 from fused_kopt.replays import Replays
-from fused_kopt.slots import Slot, SlotGroups
+from fused_kopt.slots import SlotGroups
 
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 _counts: dict[str, Iterator[int]] = {}
@@ -76,7 +75,9 @@ class Contract(ABC):
     def _config(self, **own: Any) -> dict[str, Any]:
         """The common keys, then a class's own."""
         clips = {key: value for key, value in self._clips.items() if value is not None}
-        config = {"name": self._name, **clips, "learning_rate": self._hyper["learning_rate"], "decay": self._initial_decay, **own}
+        stored = {} if self.precision == precision.DEFAULT else {"precision": precision.serialize(self.precision)}
+        rates = {"learning_rate": self._hyper["learning_rate"], "decay": self._initial_decay}
+        config = {"name": self._name, **clips, **rates, **own, **stored}
         return {key: hyperparameters.serializable(value) for key, value in config.items()}
 
     def _value(self, name: str) -> Any:
@@ -209,56 +210,6 @@ class Contract(ABC):
     def _compatible(self, weights: Sequence[Any]) -> Sequence[Any]:
         """Weight lists of Keras's V1 optimizers, made to fit (Adam, RMSprop, Adagrad, Adadelta)."""
         return weights
-
-    def get_slot_names(self) -> list[str]:
-        """The names of the slots that exist."""
-        return self._state.slot_names()
-
-    def get_slot(self, var: Tensor, slot_name: str) -> Tensor:
-        """The slot of a variable, in its shape; float32 (float64 for float64 variables). KeyError if there is none.
-
-        Where a precision policy stores it in parts, a copy of what they stand for; the parts are in `weights`.
-        """
-        slot = self._state.slot(var, slot_name)
-        if slot is None:
-            raise KeyError(f"No slot {slot_name!r} for this variable {tuple(var.shape)}. Slots: {self.get_slot_names()}.")
-        return self._read(var)[1][slot_name] if slot.dtype == torch.uint8 else slot
-
-    def get_master(self, var: Tensor) -> Tensor:
-        """What a variable stands for under its precision policy, float32, in its shape; the variable itself if it has no master.
-
-        KeyError before its first step.
-        """
-        if self._state.built_as(var) is None:
-            raise KeyError(f"This variable {tuple(var.shape)} has no slots yet. Take a step, or build() first.")
-        return self._read(var)[0]
-
-    def _read(self, var: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        bucket = self._state.bucket(var)
-        parts = {name: view for name, views in bucket.views.items() if (view := views[bucket.index[id(var)]]) is not None}
-        return bucket.policy.read(self.slot_groups(), var, parts)  # type: ignore[no-any-return]
-
-    def set_precision(self, variables: Iterable[Tensor], policy: str | Precision) -> None:
-        """Give some variables a precision policy of their own: a name, or a `fused_kopt.Precision`. They are then a bucket of their own.
-
-        Raises ValueError where the policy has no meaning for a variable, or the variable has slots already; TypeError for other types.
-        """
-        wanted, given = precision.get(policy), list(variables)
-        for position, variable in enumerate(given):
-            wanted.check(variable.dtype, slots.flatten(self.slot_groups()), f"variable {position} {tuple(variable.shape)}")
-            if self._state.built_as(variable) is not None:
-                raise ValueError(f"Variable {position} {tuple(variable.shape)} has slots already. Call set_precision() before its first step.")
-        with self._lock:
-            self._state.policies |= {id(variable): (variable, wanted) for variable in given}
-            self._repeats, self._replays = Repeats(), None
-
-    def add_slot(self, var: Tensor, slot_name: str, initializer: state.Initializer = "zeros", shape: Sequence[int] | None = None) -> Tensor:
-        """The slot of a variable, created if it does not exist and appended to `weights`.
-
-        initializer: "zeros", "ones", a number, a tensor or a callable of (shape, dtype=). shape: default the variable's.
-        """
-        with self._lock, torch.inference_mode(False):
-            return self._state.add_slot(var, Slot(slot_name), shape, initializer)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_multipliers": list(self._multipliers.values())}

@@ -8,10 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kopt import aggregate, clipping, execute, gradients, hyperparameters, layout, slots, updates, verification
+from fused_kopt import aggregate, clipping, execute, gradients, hyperparameters, layout, updates, verification
 from fused_kopt.clipping import Clips
-from fused_kopt.contract import Contract
-from fused_kopt.errors import StaleVariableError, TornStepError
+from fused_kopt.errors import TornStepError
 from fused_kopt.execute import Chosen, Rule, Update
 from fused_kopt.flat import Flat
 from fused_kopt.hyperparameters import Step
@@ -20,6 +19,7 @@ from fused_kopt.recording import Sums
 from fused_kopt.repeat import Repeat, Scalars
 from fused_kopt.replays import Replays, capturing
 from fused_kopt.state import Key
+from fused_kopt.stored import Stored
 from fused_kopt.updates import Entry, Launch, Recipe, SparseRows
 
 
@@ -33,15 +33,11 @@ class Prepared(NamedTuple):
     steps: dict[torch.dtype, Step]
 
 
-class Engine(Contract):
+class Engine(Stored):
     """The part of Optimizer that takes steps. A subclass declares slots, scalars and a rule."""
 
     sparse_rows: ClassVar[SparseRows] = "touched"
     exact: ClassVar[bool] = True  # False where the rule has a general power, in which executors differ by up to 2 ulp
-
-    @abstractmethod
-    def rule(self) -> Rule:
-        """The update rule of this configuration: a module-level function."""
 
     def sparse_rule(self, rank: int) -> Rule:
         """The rule for sparse gradients of a variable of `rank` dimensions, where Keras's operation order differs there."""
@@ -80,22 +76,6 @@ class Engine(Contract):
                 self._stepping = False
                 if torch.is_grad_enabled() != recording:  # Ctrl-C between no_grad's entry and its block
                     torch.set_grad_enabled(recording)
-
-    def _check_known(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        for position, (_, variable) in enumerate(pairs):
-            was = self._state.built_as(variable)
-            now = (tuple(variable.shape), variable.dtype, variable.device)
-            if was not in (None, now):
-                what = gradients.name(variable, position)
-                raise StaleVariableError(f"{what} was {was} when its slots were made and is {now} now. Use a new optimizer for it.")
-
-    def _check_precision(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Raises ValueError for a policy without meaning for a variable, TypeError for a sparse gradient that it cannot serve."""
-        for position, (gradient, variable) in enumerate(pairs):
-            policy, what = self._state.key(variable)[2], gradients.name(variable, position)
-            policy.check(variable.dtype, slots.flatten(self.slot_groups()), what)
-            if gradient.layout != torch.strided and policy.groups(variable.dtype, self.slot_groups()) != self.slot_groups():
-                raise TypeError(f"The gradient of {what} is sparse, which {policy} does not serve. Use precision='float32' for this variable.")
 
     def _transform(self, pairs: list[tuple[Tensor, Tensor]], aggregated: bool) -> list[tuple[Tensor, Tensor]]:
         """Aggregation, then the transformers; what they return is checked like what the caller passed."""
@@ -234,10 +214,6 @@ class Engine(Contract):
         planes = policy.planes(dtype, self.slot_groups())
         rule = self._stored_rule(dtype, policy)
         return Recipe(planes, rule, self.sparse_rule, self.sparse_rows, scalars, self.exact, own)
-
-    def _stored_rule(self, dtype: torch.dtype, policy: Precision) -> Rule:
-        """The rule on what a policy stores."""
-        return policy.rule(dtype, slots.flatten(self.slot_groups()), self.rule())
 
     def _scalars(self, key: tuple[torch.dtype, Precision], steps: dict[torch.dtype, Step]) -> tuple[Any, dict[int, Any]]:
         """This step's scalars in a compute dtype under a policy, and by id those of variables with a learning rate of their own.

@@ -1,7 +1,7 @@
 """Precision policies: how variables, their masters and their slots are stored, and how values are rounded there."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,11 +24,12 @@ MASTERS: dict[str, tuple[Rule, str, torch.dtype]] = {
 }
 KEPT = tuple(name for _, name, _ in MASTERS.values())  # what a master's planes are called
 WHOLE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Of each 8-bit format: codec, codec of slots that are never negative, code and value of a group's largest element.
-EIGHT: dict[str, tuple[Rule, Rule, tuple[int, int], float]] = {
-    "float8_e4m3": (codecs.float8_e4m3, codecs.float8_e4m3, (126, 126), 448.0),
-    "float8_e5m2": (codecs.float8_e5m2, codecs.float8_e5m2, (123, 123), 57344.0),
-    "block8": (codecs.block, codecs.block_positive, (127, 255), 1.0),
+# Of each 8-bit format: the codecs of any slot and of those that are never negative, the code of a group's largest element in each,
+# and what it stands for.
+EIGHT: dict[str, tuple[tuple[Rule, Rule], tuple[int, int], float]] = {
+    "float8_e4m3": ((codecs.float8_e4m3, codecs.float8_e4m3), (126, 126), 448.0),
+    "float8_e5m2": ((codecs.float8_e5m2, codecs.float8_e5m2), (123, 123), 57344.0),
+    "block8": ((codecs.block, codecs.block_positive), (127, 255), 1.0),
 }
 
 
@@ -111,7 +112,7 @@ class Precision:
         stored = self.format(slot)
         if stored in WHOLE:
             return [slot._replace(stored=WHOLE[stored])]
-        _, _, codes, top = EIGHT[stored]
+        _, codes, top = EIGHT[stored]
         code = codes[slot.positive] if slot.initial else 0
         return [Slot(slot.name, code, stored=torch.uint8), Slot(f"{slot.name}_scale", slot.initial / top, group=GROUP)]
 
@@ -132,7 +133,7 @@ class Precision:
     def _codec(self, slot: Slot) -> Rule:
         stored = self.format(slot)
         if stored in EIGHT:
-            return EIGHT[stored][slot.positive]
+            return EIGHT[stored][0][slot.positive]
         return codecs.bfloat16 if stored == "bfloat16" and self.random else codecs.plain
 
     def planes(self, dtype: torch.dtype, groups: SlotGroups) -> tuple[Slot, ...]:
@@ -161,7 +162,8 @@ class Precision:
         """A step's scalars, with its key where the policy needs random bits. step: how many came before."""
         if not self.random:
             return scalars
-        return options.extended(type(scalars), "key_low", "key_high")(*scalars, *self.key(step))
+        kind: Any = type(scalars)
+        return options.extended(kind, "key_low", "key_high")(*scalars, *self.key(step))
 
     def key(self, step: int) -> tuple[float, float]:
         """The two halves of a step's key for `codecs.noise`."""
@@ -200,10 +202,18 @@ NAMED: Mapping[str, Precision] = {
 }
 
 
-def get(given: "str | Precision") -> Precision:
-    """A policy by name, or itself. ValueError for unknown names, TypeError for anything else."""
+def serialize(policy: Precision) -> Any:
+    """What `get` turns back into the policy: its name, or its attributes, as JSON has them."""
+    return next((name for name, known in NAMED.items() if known == policy), None) or asdict(policy)
+
+
+def get(given: "str | Precision | Mapping[str, Any]") -> Precision:
+    """A policy by name, by its attributes, or itself. ValueError for unknown names, TypeError for anything else."""
     if isinstance(given, Precision):
         return given
+    if isinstance(given, Mapping):
+        slots = given.get("slots", DEFAULT.slots)
+        return Precision(**{**given, "slots": slots if isinstance(slots, str) else tuple((name, stored) for name, stored in slots)})
     if not isinstance(given, str):
         raise TypeError(f"`precision` must be a name or a Precision. Received: {type(given).__name__}.")
     _among("precision", given, tuple(NAMED))

@@ -159,7 +159,8 @@ def _together(update: Update, flat: Flat) -> Update | None:
     bucket = update.bucket
     for buffer in flat.buffers:
         if buffer.segments == bucket.segments and all(map(is_, buffer.members, bucket.variables)):
-            one = Bucket(bucket.device, bucket.dtype)
+            one = Bucket(bucket.device, bucket.dtype, bucket.stored, bucket.policy)
+            one.kinds = bucket.kinds
             one.adopt([buffer.variables], layout.plan([buffer.variables]), bucket.flat)
             return replace(update, bucket=one, variables=[buffer.variables], gradients=[buffer.gradients], tables=None)
     return None

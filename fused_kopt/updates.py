@@ -73,7 +73,7 @@ class SparseEntry:
         gradient, variable, factors = clipping.values(self.entry.gradient), self.entry.variable, self.entry.factors
         if factors is not None:
             gradient = prepare.scale(gradient.to(factors.dtype), factors)
-        rows = slice(None) if self.all_rows else self.entry.gradient._indices()[0].unique()
+        rows = slice(None) if self.all_rows else torch.unique(self.entry.gradient._indices()[0])
         before = variable[rows].clone()
         return lambda: execute.squares(gradient, before, variable[rows])
 
@@ -121,7 +121,7 @@ def plan(entries: Sequence[Entry], state: State, recipe: Callable[[Bucket], Reci
         dense = [entry for entry in mine if entry.gradient.layout == torch.strided]
         if dense:
             launches.append(dense_launch(bucket, dense, how, how.rule, written))
-            launches[-1].update.sums = sums and sums.on(bucket.device)
+            launches[-1].update.sums = None if sums is None else sums.on(bucket.device)
         launches += [_sparse(bucket, entry, how, written) for entry in mine if entry.gradient.layout != torch.strided]
     return launches
 

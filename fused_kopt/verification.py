@@ -146,7 +146,9 @@ def _known_answer(rule: Rule, key: "tuple[Any, ...]", scalars: type, exact: bool
     bucket.adopt(*bucket.grown([variable], [Slot(name, 0.25, stored=kept, group=group) for name, (kept, group) in planes]))
     numbers = scalars(*(0.5 + i / 64 for i in range(len(scalars._fields))))  # type: ignore[attr-defined]
     factors = torch.tensor([[1.0, 0.75, 0.5, 1.5, 1.0]], dtype=bucket.compute, device=device) if clipped else None
-    update = Update(bucket, [variable], [gradient.to(device, gradient_dtype)], tuple(name for name, _ in planes), rule, numbers, exact, factors)
+    update = Update(
+        bucket, [variable], [gradient.to(device, gradient_dtype)], tuple(name for name, _ in planes), rule, numbers, exact, factors
+    )
     update.sums = torch.zeros(3, dtype=torch.float64, device=device) if measured else None
     try:
         report = Report(executor, tuple(compare_updates(update, executor)))
@@ -167,7 +169,7 @@ def proven(update: Update, executor: Chosen, requested: Executor) -> Chosen:
         return executor
     for dtype in update.tables or {g.dtype for g in update.gradients if g is not None}:
         clipped, measured = update.factors is not None, update.sums is not None
-        planes = tuple((name, bucket.kind(name)) for name in update.names)
+        planes = tuple(zip(update.names, bucket.planes(update.names), strict=True))
         key = (bucket.device, bucket.dtype, dtype, bucket.stored, planes, clipped, measured)
         reason = _known_answer(update.rule, key, type(update.scalars), update.exact, executor)
         if _usable(reason, bucket.device, executor, requested) == "reference":

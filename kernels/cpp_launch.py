@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,15 +19,30 @@ _counter_lock = threading.Lock()
 _launches = 0
 
 
+_process = os.getpid()
+
+
+def _call(function: Any, *arguments: Any) -> None:
+    """Call a compiled function whose last argument is its number of threads.
+
+    In a forked child the threads that OpenMP keeps for the forking thread are gone, and it would wait for them for ever. A new
+    thread gets new ones.
+    """
+    if arguments[-1] > 1 and os.getpid() != _process:
+        thread = threading.Thread(target=function, args=arguments)
+        thread.start()
+        thread.join()
+    else:
+        function(*arguments)
+
+
 def counters() -> tuple[int, int]:
     """Launches in this process so far, and kernels built or read from the cache."""
     return _launches, kernel.cache_info().misses + norm_kernels.cache_info().misses
 
 
 @functools.cache
-def kernel(
-    rule: Any, prepare: Any, scalars: Any, planes: cpp.Planes, dtypes: tuple[torch.dtype, torch.dtype], measured: Any = None
-) -> Any:
+def kernel(rule: Any, prepare: Any, scalars: Any, planes: cpp.Planes, dtypes: tuple[torch.dtype, torch.dtype], measured: Any = None) -> Any:
     """The compiled function, see `cpp.update_source`. Shapes, addresses, learning rates and steps are its arguments."""
     library = cpp_build.load(cpp.update_source(rule, prepare, scalars, planes, dtypes, measured))
     return _function(library.update, "ppippii" if measured is None else "ppippipi")
@@ -56,21 +72,26 @@ class Fixed:
         self.threads = update.bucket.segments[-1].end > ONE_THREAD
 
 
-def bind(update: Any, prepare: Any, measured: Any = None) -> Callable[[Sequence[float], torch.Tensor | None], None]:
-    """A function of the scalars and factors that executes an update (`fused_kopt.execute.Update`): a call per gradient dtype.
-
-    measured: for an update with sums, what of a gradient they are of.
-    """
+def _fixed(update: Any) -> Fixed:
     bucket = update.bucket
     if bucket.tables is None:
         bucket.tables = {}
     if "cpp" not in bucket.tables:
         bucket.tables["cpp"] = Fixed(update)
     fixed: Fixed = bucket.tables["cpp"]
+    return fixed
+
+
+def bind(update: Any, prepare: Any, measured: Any = None) -> Callable[[Sequence[float], torch.Tensor | None], None]:
+    """A function of the scalars and factors that executes an update (`fused_kopt.execute.Update`): a call per gradient dtype.
+
+    measured: for an update with sums, what of a gradient they are of.
+    """
+    bucket, fixed = update.bucket, _fixed(update)
     kind: Any = type(update.scalars)
     wide = bucket.compute == torch.float64
     row = (ctypes.c_double if wide else ctypes.c_float) * len(update.scalars)
-    planes = tuple(bucket.kind(name) for name in update.names)
+    planes = bucket.planes(update.names)
     calls = [
         (kernel(update.rule, prepare, kind, planes, (bucket.dtype, dtype), measured), table, table.ctypes.data)
         for dtype, table in update.segment_tables().items()
@@ -92,7 +113,7 @@ def bind(update: Any, prepare: Any, measured: Any = None) -> Callable[[Sequence[
                 _launches += 1
             sums = None if measured is None else torch.zeros((len(fixed.blocks), 3), dtype=torch.float64, device="cpu")
             more = () if sums is None else (sums.data_ptr(),)
-            step(address, fixed.address, len(fixed.blocks), clip, numbers, stride, *more, threads)
+            _call(step, address, fixed.address, len(fixed.blocks), clip, numbers, stride, *more, threads)
             if sums is not None:
                 update.sums.add_(sums.sum(dim=0))
 
@@ -107,7 +128,7 @@ def square_norms(norms: Any, table: Any, prepare: Any, row: torch.Tensor) -> tor
     threads = torch.get_num_threads() if table[:, 2].sum() > ONE_THREAD else 1
     with _counter_lock:
         _launches += 1
-    square(table.ctypes.data, norms.blocks.ctypes.data, len(norms.blocks), row.data_ptr(), partial.ctypes.data, threads)
+    _call(square, table.ctypes.data, norms.blocks.ctypes.data, len(norms.blocks), row.data_ptr(), partial.ctypes.data, threads)
     fold(partial.ctypes.data, norms.starts.ctypes.data, len(sums), sums.data_ptr())
     return sums
 

@@ -156,7 +156,7 @@ def bind(update: Any, prepare: Any, measured: Any = None) -> Callable[[Sequence[
     stride = 0 if update.rows is None else len(update.scalars)
     wrap, build = rules.interpreted if interpret else rules.compiled, Build(type(update.scalars)) if by_pointer else None
     calls: list[Any] = []
-    planes, compute = tuple(bucket.kind(name) for name in update.names), TRITON_DTYPE[bucket.compute]
+    planes, compute = bucket.planes(update.names), TRITON_DTYPE[bucket.compute]
     for dtype, table in update.segment_tables().items():
         block, warps = _interpreter_block(bucket.segments), 0
         if not interpret:

@@ -43,6 +43,8 @@ def _interpreted_largest(x: Any, at: Any) -> Any:
     values = x.handle.data if at[1] is None else np.where(at[1].handle.data, x.handle.data, 0)
     found = values.reshape(-1, op.GROUP.value).max(axis=1)
     return tl.core.tensor(interpreter.TensorHandle(found, x.dtype), tl.block_type(x.dtype, list(found.shape)))
+
+
 def _interpreted_total(x: Any) -> Any:
     """`update.total` for the interpreter: `tl.sum` is a kernel function, which only a compiled kernel may call."""
     return tl.core.tensor(interpreter.TensorHandle(np.sum(x.handle.data, keepdims=True), x.dtype), x.dtype)

@@ -45,16 +45,15 @@ def store_squares(values, mask, sums):
 
 @triton.jit
 def update_block(
-    variable, gradient, slots, s, factors, sums, at, masks,
+    variable, gradient, slots, s, factors, sums, at,
     RULE: tl.constexpr, PREPARE: tl.constexpr, MEASURED: tl.constexpr, VARIABLE: tl.constexpr, GRADIENT: tl.constexpr,
     STORED: tl.constexpr, GROUPS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Load, compute, store BLOCK elements. Pointers are at the block's first element; `slots` holds a position where GROUPS is 0.
 
-    at: the elements and the groups. masks: of elements and of groups; None for a full block.
+    at: the elements, the groups, and the masks of both, None for a full block.
     """
-    mask, few = masks
-    lanes, groups = at
+    lanes, groups, mask, few = at
     p = decode(tl.load(variable + lanes, mask=mask), VARIABLE, COMPUTE)
     g = decode(tl.load(gradient + lanes, mask=mask), GRADIENT, COMPUTE)
     values = ()
@@ -133,8 +132,8 @@ def update_bucket(
             else:
                 aligned = tl.multiple_of(addresses[i].to(tl.pointer_type(tl.uint16 if STORED[i] == tl.bfloat16 else STORED[i])), 16)
                 views += (aligned + start // GROUPS[i],)
-        at, masks = (lanes, groups), (None, None)
-        update_block(v, g, views, scalars, f, sums, at, masks, RULE, PREPARE, MEASURED, VARIABLE, GRADIENT, STORED, GROUPS, COMPUTE)
+        at = (lanes, groups, None, None)
+        update_block(v, g, views, scalars, f, sums, at, RULE, PREPARE, MEASURED, VARIABLE, GRADIENT, STORED, GROUPS, COMPUTE)
     elif (left > 0) | GROUPED | (MEASURED is not None):  # the test saves registers, except in kernels with groups; sums need zeros
         v = variable.to(V) + start
         g = gradient.to(G) + start
@@ -145,8 +144,8 @@ def update_bucket(
             else:
                 near = addresses[i].to(tl.pointer_type(tl.uint16 if STORED[i] == tl.bfloat16 else STORED[i]))
                 views += (near + start // GROUPS[i],)
-        at, masks = (lanes, groups), (lanes < left, groups * GROUP < left)
-        update_block(v, g, views, scalars, f, sums, at, masks, RULE, PREPARE, MEASURED, VARIABLE, GRADIENT, STORED, GROUPS, COMPUTE)
+        at = (lanes, groups, lanes < left, groups * GROUP < left)
+        update_block(v, g, views, scalars, f, sums, at, RULE, PREPARE, MEASURED, VARIABLE, GRADIENT, STORED, GROUPS, COMPUTE)
 
 
 @triton.jit

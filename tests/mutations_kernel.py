@@ -74,7 +74,7 @@ KERNEL = (
     *group(
         "test_reliability_b.py test_reliability_b3.py test_executors.py",
         "fused_kopt/layout.py",
-        ("segments unpadded", "", "ALIGNMENT = 16", "ALIGNMENT = 1"),
+        ("segments unpadded", "", "ALIGNMENT = 64", "ALIGNMENT = 1"),
         ("segments overlap", "end", "-(-self.numel // ALIGNMENT)", "(self.numel // ALIGNMENT)"),
         ("tail has no block", "blocks", "-(-np.asarray(counts, dtype=np.int64) // block)", "np.asarray(counts) // block"),
         ("a block too many", "blocks", "-(-np.asarray(counts, dtype=np.int64) // block)", "np.asarray(counts) // block + 1"),

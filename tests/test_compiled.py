@@ -17,7 +17,7 @@ import variants
 from torch import Tensor
 
 import fused_kopt
-from fused_kopt import execute, prepare, verification
+from fused_kopt import execute, layout, prepare, verification
 from fused_kopt.execute import Update
 from fused_kopt.kernels import cpp, cpp_build, cpp_launch
 from fused_kopt.optimizer import Optimizer
@@ -156,9 +156,7 @@ def test_the_number_of_threads_does_not_change_bits() -> None:
 
 
 def assembly(optimizer: Optimizer, dtype: torch.dtype) -> str:
-    scalars = type(optimizer.scalars(fused_kopt.hyperparameters.Step(0, torch.float32)))
-    slots = sum(map(len, optimizer.slot_groups()))
-    text = cpp.update_source(optimizer.rule(), prepare.scale_and_clip, scalars, slots, (dtype, dtype))
+    text = cpp.update_source(optimizer.rule(), prepare.scale_and_clip, *_form(optimizer, dtype), (dtype, dtype))
     path = cpp_build.compiler()
     assert path
     flags = [flag for flag in cpp_build.FLAGS if flag != "-march=native"] + ["-march=x86-64-v3", "-fopenmp-simd"]  # AVX2 and fma
@@ -173,12 +171,14 @@ def test_machine_code(optimizer: Optimizer, dtype: torch.dtype) -> None:
     code = assembly(optimizer, dtype)
     assert not re.search(r"\bvfn?m(?:add|sub)", code)
     assert re.search(r"\bvmulps\s.*%ymm", code)
-    if "std::sqrt" in cpp.update_source(optimizer.rule(), prepare.keep, *_form(optimizer), (dtype, dtype)):
+    if "std::sqrt" in cpp.update_source(optimizer.rule(), prepare.keep, *_form(optimizer, dtype), (dtype, dtype)):
         assert re.search(r"\bvsqrtps\s.*%ymm", code)
 
 
-def _form(optimizer: Optimizer) -> tuple[Any, int]:
-    return type(optimizer.scalars(fused_kopt.hyperparameters.Step(0, torch.float32))), sum(map(len, optimizer.slot_groups()))
+def _form(optimizer: Optimizer, dtype: torch.dtype) -> tuple[Any, cpp.Planes]:
+    """The class of its scalars, and its slots' dtypes."""
+    planes = ((layout.compute_dtype(dtype), 1),) * sum(map(len, optimizer.slot_groups()))
+    return type(optimizer.scalars(fused_kopt.hyperparameters.Step(0, torch.float32))), planes
 
 
 def test_a_rule_must_not_branch() -> None:
@@ -186,7 +186,7 @@ def test_a_rule_must_not_branch() -> None:
         return (p if p > g else g), ()
 
     with pytest.raises(TypeError, match="branch-free"):
-        cpp.update_source(branching, prepare.keep, One, 0, (torch.float32, torch.float32))
+        cpp.update_source(branching, prepare.keep, One, (), (torch.float32, torch.float32))
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_what_the_compiler_says_is_passed_on(folder: Path) -> None:
 
 def test_torchs_threads_are_used(folder: Path) -> None:
     """The library brings no OpenMP runtime of its own: two would compete for the cores."""
-    cpp_build.load(cpp.update_source(_copy, prepare.keep, One, 0, (torch.float32, torch.float32)))
+    cpp_build.load(cpp.update_source(_copy, prepare.keep, One, (), (torch.float32, torch.float32)))
     (library,) = folder.iterdir()
     assert b"GOMP_parallel" in library.read_bytes()
     assert b"libgomp" not in library.read_bytes()

@@ -50,8 +50,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What is launched on a GPU: (grid, arguments, constants, warps). The block size is 512 for float32 gradients, else 1024."""
     found: list[Any] = []
 
-    def configuration(rule: Any, device: Any, dtypes: tuple[torch.dtype, torch.dtype]) -> Config:
-        assert (rule, dtypes[0]) == (momentum, BF16)
+    def configuration(rule: Any, device: Any, dtypes: tuple[torch.dtype, torch.dtype], planes: Any) -> Config:
+        assert (rule, dtypes[0], planes) == (momentum, BF16, ((F32, 1),))
         return Config(512, 4) if dtypes[1] == F32 else Config(1024, 16)
 
     monkeypatch.setattr(launch, "interprets", lambda device: False)

@@ -168,12 +168,15 @@ def check_arithmetic(case: Case, ptx: str) -> None:
     assert not {opcode for opcode in opcodes if re.match(r"(mul|mad)\.lo", opcode)}
 
 
-def check_amd(case: Case, code: Code) -> None:
+def amd_accesses(text: str) -> Counter[tuple[str, int]]:
     width = {"ushort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}
-    found = re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", code.text)
-    kinds = {"load": "ld", "store": "st"}
+    found = re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", text)
+    return Counter(({"load": "ld", "store": "st"}[kind], width[size]) for kind, size in found)
+
+
+def check_amd(case: Case, code: Code) -> None:
     # tables come through scalar loads
-    assert Counter((kinds[kind], width[size]) for kind, size in found) == Counter(key[1:] for key in expected_accesses(case).elements())
+    assert amd_accesses(code.text) == Counter(key[1:] for key in expected_accesses(case).elements())
     assert code.registers <= (AMD_POWER_REGISTERS if case.power else REGISTERS)
     assert code.spilled <= (AMD_SCALARS_ASIDE if case.power else 0)
     assert "scratch_" not in code.text

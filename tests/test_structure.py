@@ -20,9 +20,9 @@ from fused_kopt import optimizers
 ROOT = Path(__file__).parent.parent
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 250, 40, 6
 # The kernel's text is one function by necessity (a jitted helper of its own loses alignment hints in Triton 3.6), and
-# what it calls for a full and for a masked block takes a block's five values, its lanes and its mask.
-LONG_FUNCTIONS = {"update_bucket": 53}
-MANY_PARAMETERS = {"update_block": 7}
+# what it calls for a full and for a masked block takes a block's five values, where its sums go, its lanes and its mask.
+LONG_FUNCTIONS = {"update_bucket": 55}
+MANY_PARAMETERS = {"update_block": 8}
 # `**options` of the constructors are Keras's; the other two take values by the names that configs and messages show.
 KEYWORDS = {"__init__", "_config", "check_not_negative"}
 
@@ -31,7 +31,8 @@ OPTIMIZERS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", 
 LAYERS = (
     ("aggregate", "errors", "layout", "op", "optimizers.schedules", "recording", "slots", "tape", "tensors"),
     ("buffers", "prepare"),
-    ("execute", "state"),
+    ("reference", "state"),
+    ("execute",),
     ("gradients", "hyperparameters", "norms"),
     ("flat", "options", "verification"),
     ("clipping", "codecs"),
@@ -41,6 +42,7 @@ LAYERS = (
     ("repeat",),
     ("repeats", "replays"),
     ("borrowed", "contract"),
+    ("stored",),
     ("engine",),
     ("optimizer",),
     tuple(f"optimizers.{name}" for name in OPTIMIZERS),
@@ -73,8 +75,9 @@ LAYERS = (
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 KERNEL_LAYERS = (
-    ("cpp_build", "cpp_op", "cpp_text", "machine_code", "op", "rebind", "tuning", "update"),
-    ("cpp", "norms", "rules"),
+    ("cpp_build", "cpp_op", "cpp_text", "machine_code", "op", "rebind", "tuning"),
+    ("cpp", "update"),
+    ("norms", "rules"),
     ("cpp_launch", "launch"),
     ("offline",),
     ("scratch",),

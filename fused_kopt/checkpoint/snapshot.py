@@ -167,9 +167,7 @@ def _schema(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tenso
     for name, values in checkpoint.slots.items():
         wanted = dict(live[name])
         if values or wanted:
-            place = optimizer._state.bucket(known[name])
-            like = torch.empty(known[name].shape, dtype=place.compute, device="meta")
-            wanted = dict.fromkeys((slot.name for slot in slots.flatten(optimizer.slot_groups())), like) | wanted
+            wanted = _planned(optimizer, known[name]) | wanted
         expected |= {f"{slot} of {name}": value for slot, value in wanted.items()}
         found |= {f"{slot} of {name}": value for slot, value in values.items()}
     first = next((known[name] for name, values in checkpoint.slots.items() if values), None)
@@ -178,6 +176,14 @@ def _schema(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tenso
     found |= checkpoint.extra
     shown = {n: tables.shown(_taken(v, expected[n].dtype, checkpoint.source) if n in expected else v) for n, v in found.items()}
     return shown, {n: tables.shown(v) for n, v in expected.items()}
+
+
+def _planned(optimizer: Optimizer, variable: Tensor) -> dict[str, Tensor]:
+    """The slots that a variable will get, or the parts that its precision policy stores them in; on the meta device."""
+    place = optimizer._state.bucket(variable)
+    parts = slots.flatten(place.policy.groups(variable.dtype, optimizer.slot_groups()))
+    shapes = {part.name: variable.shape if part.group == 1 else (-(-variable.numel() // part.group),) for part in parts}
+    return {part.name: torch.empty(shapes[part.name], dtype=part.stored or place.compute, device="meta") for part in parts}
 
 
 def _taken(value: Tensor, dtype: torch.dtype, source: str) -> Tensor:
