@@ -13,7 +13,7 @@ from rich.console import Console
 import fused_kopt
 from fused_kopt.checkpoint import formats
 from fused_kopt.checkpoint.formats import Hints
-from fused_kopt.commands import convert, demo, doctor, explain, inspect, precision, tune, variants, verify
+from fused_kopt.commands import convert, demo, doctor, experiment, explain, inspect, precision, tasks, tune, variants, verify
 from fused_kopt.commands.architectures import ARCHITECTURES
 from fused_kopt.commands.common import RefusedError
 from fused_kopt.commands.variants import DTYPES, OPTIMIZERS
@@ -118,9 +118,9 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _precision(parser: argparse.ArgumentParser) -> None:
-    add, policies = parser.add_argument, tuple(precision.POLICIES)
-    add("--task", choices=precision.TASKS, default="digits", help="(%(default)s)")
-    add("--optimizer", type=str.lower, choices=precision.OPTIMIZERS, default="adam", help="(%(default)s)", metavar="NAME")
+    add, policies = parser.add_argument, tuple(experiment.POLICIES)
+    add("--task", choices=tasks.TASKS, default="digits", help="(%(default)s)")
+    add("--optimizer", type=str.lower, choices=experiment.OPTIMIZERS, default="adam", help="(%(default)s)", metavar="NAME")
     add("--policies", type=_names(policies), default=policies, help=f"comma-separated, of {', '.join(policies)} (all)", metavar="NAMES")
     add("--steps", type=_positive, default=precision.STEPS, help="of each run (%(default)s)")
     add("--seeds", type=_positive, default=precision.SEEDS, help="runs of each policy (%(default)s)")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ POLICIES: Mapping[str, Precision] = {**precision.NAMED, CONTROL: Precision(slots
 ORACLE = "float64"
 
 # First learning rates, by trial: float32 learns both tasks.
-OPTIMIZERS: dict[str, tuple[type[Optimizer], float, dict[str, float]]] = {
+OPTIMIZERS: dict[str, tuple[Any, float, dict[str, float]]] = {
     "sgd": (SGD, 0.1, {"momentum": 0.9}),
     "rmsprop": (RMSprop, 3e-3, {}),
     "adam": (Adam, 3e-3, {}),

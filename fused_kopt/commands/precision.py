@@ -73,11 +73,31 @@ class Row:
 
 def row(run: Run, settings: Settings, date: str) -> Row:
     """A run's numbers, four digits of what was measured."""
-    last, (rest, moved) = run.points[-1], experiment.per_element(run.memory)
-    numbers = run.allocated / run.memory.elements, last.bias, last.error, run.loss, run.accuracy
-    versions = platform.machine(), platform.python_version(), torch.__version__, fused_kopt.__version__
-    what = settings.task, settings.optimizer, settings.steps, run.policy, run.seed, run.memory.elements
-    return Row(date, *versions, *what, rest, moved, *(float(f"{number:.4g}") for number in numbers))
+    rest, moved = experiment.per_element(run.memory)
+    return Row(
+        date=date,
+        machine=platform.machine(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        fused_kopt=fused_kopt.__version__,
+        task=settings.task,
+        optimizer=settings.optimizer,
+        steps=settings.steps,
+        policy=run.policy,
+        seed=run.seed,
+        elements=run.memory.elements,
+        rest_bytes=rest,
+        moved_bytes=moved,
+        allocated_bytes=_rounded(run.allocated / run.memory.elements),
+        bias=_rounded(run.points[-1].bias),
+        error=_rounded(run.points[-1].error),
+        loss=_rounded(run.loss),
+        accuracy=_rounded(run.accuracy),
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
