@@ -1,6 +1,9 @@
-"""Keras optimizers for PyTorch tensors: bit for bit TensorFlow's results, fused into one Triton launch."""
+"""Keras optimizers for PyTorch tensors: bit for bit TensorFlow's results, fused into one Triton launch.
 
-from fused_kopt import errors, optimizers
+Modules to import by themselves: `fused_kopt.torch_optim`, the optimizers as subclasses of torch.optim.Optimizer; `fused_kopt.checkpoint`.
+"""
+
+from fused_kopt import errors, mixed_precision, optimizers
 from fused_kopt.errors import FusedMismatchError, StaleVariableError, TornStepError
 from fused_kopt.execute import stats
 from fused_kopt.memory import estimate_memory
@@ -28,6 +31,7 @@ __all__ = [
     "TornStepError",
     "errors",
     "estimate_memory",
+    "mixed_precision",
     "optimizers",
     "stats",
     "verify",

@@ -1,5 +1,6 @@
 """Fused steps on variables, gradients and slots that somebody else owns: what the Keras 3 and torch.optim classes call."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -49,6 +50,17 @@ class Task(NamedTuple):
     """What happens to gradients before the rule."""
     exact: bool = True
     """Whether executors owe each other equal bits."""
+    sums: Sums | None = None
+    """From `Recorder.start`, where the step is measured. Several tasks of a step may share it."""
+
+
+def check(pairs: Pairs, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """`gradients.check`, and TypeError for sparse gradients: `pairs` of gradients and variables as every step here needs them."""
+    checked = gradients.check(pairs, names)
+    for (gradient, _), name in zip(checked, names, strict=True):
+        if gradient.layout != torch.strided:
+            raise TypeError(f"The gradient of {name} is sparse; dense ones are supported here. Use Embedding(sparse=False).")
+    return checked
 
 
 class Borrower:
@@ -72,30 +84,38 @@ class Borrower:
     ) -> None:
         """Update variables and slots in place: one launch per device and dtypes. Arguments: see Borrowed and Task.
 
-        sums: from `Recorder.start`, where the step is measured. Several calls of a step may share it.
-
         Raises what `Optimizer.apply_gradients` raises for gradients and variables, and ValueError or TypeError for slots that
         do not fit; nothing has been written then.
         """
+        self.prepare(Task(rule, scalars, clips, exact, sums), given)()
+
+    def prepare(self, task: Task, given: Borrowed) -> Callable[[], None]:
+        """What takes the step: to be called once, before another is prepared. Raises what `step` raises; nothing is written before."""
         slots = list(itertools.chain.from_iterable(given.slots))
         repeat = self._repeats.match(given.gradients, given.variables, self.executor, slots)
-        if repeat is None or not repeat.applies(itertools.repeat(rule), clips, sums):
-            self._anew(Task(rule, scalars, clips, exact), given, slots, sums)
+        if repeat is None or not repeat.applies(itertools.repeat(task.rule), task.clips, task.sums):
+            launch = self._anew(task, given, slots)
         else:
             found = {
-                id(u): _numbers(scalars(u.bucket.compute), given, order) for u, order in zip(repeat.updates, repeat.orders, strict=True)
+                id(u): _numbers(task.scalars(u.bucket.compute), given, order)
+                for u, order in zip(repeat.updates, repeat.orders, strict=True)
             }
             if any((update.rows is None) != (found[id(update)][1] is None) for update in repeat.updates):
                 for update in repeat.updates:
                     update.rows = found[id(update)][1]
                 repeat.bind()
-            repeat.clip(clips)
-            repeat.run(lambda update: found[id(update)], sums)
-        torch.autograd.graph.increment_version(given.variables)
+            repeat.clip(task.clips)
+            launch = functools.partial(repeat.run, lambda update: found[id(update)], task.sums)
 
-    def _anew(self, task: Task, given: Borrowed, slots: list[Tensor], sums: Sums | None) -> None:
+        def take() -> None:
+            launch()
+            torch.autograd.graph.increment_version(given.variables)
+
+        return take
+
+    def _anew(self, task: Task, given: Borrowed, slots: list[Tensor]) -> Callable[[], None]:
         names = given.names or [gradients.name(variable, i) for i, variable in enumerate(given.variables)]
-        pairs = gradients.check(list(zip(given.gradients, given.variables, strict=True)), names)
+        pairs = check(list(zip(given.gradients, given.variables, strict=True)), names)
         _check_slots(pairs, given.slots, names)
         executors = {}
         for device in dict.fromkeys(variable.device for _, variable in pairs):
@@ -105,13 +125,17 @@ class Borrower:
         entries = [Entry(g, v, row) for (g, v), row in zip(pairs, rows, strict=True)]
         with torch.no_grad():
             launches = [_launch(bucket, members, entries, given, task) for bucket, members in _buckets(pairs, given.slots)]
-        for launch in launches:
-            launch.update.sums = None if sums is None else sums.on(launch.update.bucket.device)
+        for each in launches:
+            each.update.sums = None if task.sums is None else task.sums.on(each.update.bucket.device)
         chosen = [verification.proven(launch.update, executors[launch.update.bucket.device], self.executor) for launch in launches]
-        updates.run(launches, chosen, sums)
-        self._repeats.learn(pairs, launches, chosen, self.executor, slots)
-        for launch in launches:
-            launch.update.bucket.borrow({})  # repeats need addresses only: the owner of the slots may free them
+
+        def launch() -> None:
+            updates.run(launches, chosen, task.sums)
+            self._repeats.learn(pairs, launches, chosen, self.executor, slots)
+            for each in launches:
+                each.update.bucket.borrow({})  # repeats need addresses only: the owner of the slots may free them
+
+        return launch
 
 
 def _buckets(pairs: Pairs, slots: Sequence[Sequence[Tensor]]) -> list[tuple[Bucket, list[int]]]:
@@ -159,9 +183,6 @@ def _numbers(distinct: Sequence[Any], given: Borrowed, members: Any) -> Scalars:
 
 def _check_slots(pairs: Pairs, slots: Sequence[Sequence[Tensor]], names: Sequence[str]) -> None:
     """Raises TypeError or ValueError for gradients and slots that one launch cannot serve."""
-    for (gradient, _), name in zip(pairs, names, strict=True):
-        if gradient.layout != torch.strided:
-            raise TypeError(f"The gradient of {name} is sparse; dense ones are supported here. Use Embedding(sparse=False).")
     for column in slots:
         if len(column) != len(pairs):
             raise ValueError(f"There are {len(column)} slots of a kind for {len(pairs)} variables; each variable needs one.")

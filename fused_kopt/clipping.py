@@ -1,6 +1,7 @@
 """Keras's gradient scaling and clipping, as five factors per gradient that the launch applies (`fused_kopt.prepare`)."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from fused_kopt import layout, norms, op, verification
 from fused_kopt.execute import Chosen, Executor
+from fused_kopt.loss_scale import Guard
+from fused_kopt.norms import Norms
 from fused_kopt.prepare import NEUTRAL_FACTORS
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -22,23 +25,30 @@ class Clips(NamedTuple):
     clipvalue: float | None
     clipnorm: float | None
     global_clipnorm: float | None
+    trust: bool = False
+    """In place of limits: multiply by |variable| / |gradient|, where neither is 0. Both have one dtype."""
+    unscale: Tensor | None = None
+    """0-d, on any device: what grad_scale is multiplied by there; under loss scaling the scale's reciprocal."""
 
     @property
     def neutral(self) -> bool:
         """Whether gradients stay as they are. Raises TypeError for a grad_scale that is no number."""
         if type(self.grad_scale) is not float and not isinstance(self.grad_scale, Real):
             raise TypeError(f"`grad_scale` must be a real number. Received: grad_scale={self.grad_scale!r}.")
-        return self.grad_scale == 1.0 and self.clipvalue is None and not self.by_norm
+        return self.grad_scale == 1.0 and self.clipvalue is None and not self.by_norm and self.unscale is None
 
     @property
     def by_norm(self) -> bool:
         """Whether norms are needed."""
-        return self.clipnorm is not None or self.global_clipnorm is not None
+        return self.clipnorm is not None or self.global_clipnorm is not None or self.trust
 
     def row(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The factors that do not depend on a norm: compute dtype [5]."""
         bound = NEUTRAL_FACTORS[1] if self.clipvalue is None else self.clipvalue
         return torch.tensor((self.grad_scale, bound, *NEUTRAL_FACTORS[2:]), dtype=dtype, device=device)
+
+
+TRUST = Clips(1.0, None, None, None, trust=True)
 
 
 class Group:
@@ -48,15 +58,48 @@ class Group:
         self.positions = list(positions)
         gradient, variable = pairs[positions[0]]
         self.device, self.compute = variable.device, layout.compute_dtype(variable.dtype)
-        counts = [values(pairs[p][0]).numel() for p in positions]
-        self.norms = norms.Norms(counts, (self.compute, gradient.dtype), self.device)
+        self.dtypes = (self.compute, gradient.dtype)
+        self._counts = [values(pairs[p][0]).numel() for p in positions]
         self._tables: dict[Clips, Tensor] = {}
+
+    @functools.cached_property
+    def norms(self) -> Norms:
+        """How square norms are computed."""
+        return Norms(self._counts, self.dtypes, self.device)
 
     def table(self, clips: Clips) -> Tensor:
         """`clips.row` for every gradient, compute dtype [n, 5], uploaded once. Not to be written."""
+        return _unscaled(self._fixed(clips), clips.unscale)
+
+    def row(self, clips: Clips) -> Tensor:
+        """The same, of one gradient: [5]."""
+        return _unscaled(self._fixed(clips)[:1], clips.unscale)[0]
+
+    def _fixed(self, clips: Clips) -> Tensor:
+        clips = clips._replace(unscale=None)
         if clips not in self._tables:
-            self._tables = {clips: clips.row(self.compute, self.device).repeat(len(self.positions), 1)}
+            kept = list(self._tables.items())[-1:]  # two: a guard's check knows no clipvalue
+            self._tables = dict([*kept, (clips, clips.row(self.compute, self.device).repeat(len(self._counts), 1))])
         return self._tables[clips]
+
+
+def _unscaled(table: Tensor, unscale: Tensor | None) -> Tensor:
+    if unscale is None:
+        return table
+    table = table.clone()
+    table[:, 0] *= unscale if unscale.device.type == "cpu" else unscale.to(table.device, non_blocking=True)
+    return table
+
+
+def measure(
+    groups: Sequence[Group], clips: Clips, squares_of: Callable[[Group, Clips], Tensor], guard: Guard | None
+) -> list[Tensor] | None:
+    """The squares that clips need, and a guard's look at its own: those of gradients that no clipvalue has made finite."""
+    squares = [squares_of(group, clips) for group in groups] if clips.by_norm else None
+    if guard is not None and guard.open:
+        free = clips._replace(clipvalue=None)
+        guard.check(squares if squares is not None and clips == free else [squares_of(group, free) for group in groups])
+    return squares
 
 
 def values(gradient: Tensor) -> Tensor:
@@ -72,8 +115,13 @@ def groups(pairs: Pairs) -> list[Group]:
     return [Group(pairs, positions) for positions in found.values()]
 
 
-def factors(groups: Sequence[Group], clips: Clips, squares: Sequence[Tensor] | None) -> list[Tensor]:
-    """Per group the factors of its gradients, compute dtype [n, 5]. squares: per group float64 [n], where clips go by norm."""
+def factors(
+    groups: Sequence[Group], clips: Clips, squares: Sequence[Tensor] | None, weights: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Per group the factors of its gradients, compute dtype [n, 5].
+
+    squares: per group float64 [n], where clips go by norm; weights: those of the variables, where they go by trust.
+    """
     tables = [group.table(clips) for group in groups]
     if squares is None:
         return tables
@@ -82,6 +130,8 @@ def factors(groups: Sequence[Group], clips: Clips, squares: Sequence[Tensor] | N
         squares = [_clip_each(table, square, clips.clipnorm) for table, square in zip(tables, squares, strict=True)]
     if clips.global_clipnorm is not None:
         _clip_all(tables, squares, clips.global_clipnorm)
+    for table, square, weight in zip(tables, squares, weights or (), strict=False):
+        table[:, 4] = torch.where((weight > 0) & (square > 0), op.div(op.sqrt(weight), op.sqrt(square)), 1.0)
     return tables
 
 
@@ -101,18 +151,24 @@ def _clip_all(tables: Sequence[Tensor], squares: Sequence[Tensor], clip: float) 
         table[:, 4] = bound * torch.minimum(1 / g, 1 / bound) + (g - g)
 
 
-def rows(pairs: Pairs, clips: Clips, executors: Mapping[torch.device, Chosen], requested: Executor) -> list[Tensor | None]:
-    """Per pair its factors, compute dtype [5]; None where they are neutral.
+def rows(
+    pairs: Pairs, clips: Clips, executors: Mapping[torch.device, Chosen], requested: Executor, guard: Guard | None = None
+) -> list[Tensor | None]:
+    """Per pair its factors, compute dtype [5]; None where they are neutral. A guard checks the gradients.
 
     Squares are summed in float64 (`fused_kopt.norms`); TensorFlow sums in the variable's dtype, and the last bits of a norm
     can differ.
     """
     found: list[Tensor | None] = [None] * len(pairs)
-    if clips.neutral:
+    if clips.neutral and (guard is None or not guard.open):
         return found
     parts = groups(pairs)
-    squares = [_squares(group, pairs, clips, executors[group.device], requested) for group in parts] if clips.by_norm else None
-    for group, table in zip(parts, factors(parts, clips, squares), strict=True):
+    squares = measure(parts, clips, lambda group, c: _squares(group, pairs, c, executors[group.device], requested), guard)
+    if clips.neutral:
+        return found
+    itself = [(variable.detach(), variable) for _, variable in pairs]
+    weights = [_squares(group, itself, clips, executors[group.device], requested) for group in parts] if clips.trust else None
+    for group, table in zip(parts, factors(parts, clips, squares, weights), strict=True):
         for position, row in zip(group.positions, table.unbind(), strict=True):
             found[position] = row
     return found
@@ -120,7 +176,7 @@ def rows(pairs: Pairs, clips: Clips, executors: Mapping[torch.device, Chosen], r
 
 def _squares(group: Group, pairs: Pairs, clips: Clips, executor: Chosen, requested: Executor) -> Tensor:
     flat = [layout.memory_order(values(pairs[position][0])) for position in group.positions]
-    executor = verification.proven_norms(group.norms.dtypes, group.device, executor, requested)
+    executor = verification.proven_norms(group.dtypes, group.device, executor, requested)
     if executor == "reference":
-        return norms.reference(flat, group.table(clips)[0])
-    return group.norms.squares(np.array([g.data_ptr() for g in flat], dtype=np.int64), group.table(clips)[0], executor)
+        return norms.reference(flat, group.row(clips))
+    return group.norms.squares(np.array([g.data_ptr() for g in flat], dtype=np.int64), group.row(clips), executor)

@@ -14,6 +14,7 @@ from typing_extensions import Self
 from fused_kopt import aggregate, hyperparameters, precision, state
 from fused_kopt.execute import Executor
 from fused_kopt.hyperparameters import Hyperparameter, Options
+from fused_kopt.loss_scale import Guard
 from fused_kopt.precision import Precision
 from fused_kopt.recording import Recorder
 from fused_kopt.repeats import Repeats
@@ -21,6 +22,7 @@ from fused_kopt.replays import Replays
 from fused_kopt.slots import SlotGroups
 
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
+_OWN = ("_lock", "_stepping", "_repeats", "_replays", "_guard", "_scaled")  # no copy gets these
 _counts: dict[str, Iterator[int]] = {}
 
 
@@ -58,6 +60,8 @@ class Contract(ABC):
         self._repeats = Repeats()
         self._replays: Replays | None = None
         self._multipliers: dict[int, tuple[Tensor, float]] = {}  # by id of the variable
+        self._guard: Guard | None = None  # of the step being taken, under loss scaling
+        self._scaled = False  # whether a LossScaleOptimizer is around it
         lr = options.get("lr")
         self.learning_rate = learning_rate if lr is None else lr
         self.decay = self._initial_decay
@@ -213,7 +217,7 @@ class Contract(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_multipliers": list(self._multipliers.values())}
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_stepping", "_repeats", "_replays")} | own
+        return {k: v for k, v in self.__dict__.items() if k not in _OWN} | own
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)
@@ -223,6 +227,7 @@ class Contract(ABC):
         self._stepping = False
         self._repeats = Repeats()
         self._replays = None
+        self._guard, self._scaled = None, False
         self._multipliers = {id(variable): (variable, m) for variable, m in values["_multipliers"]}
 
 

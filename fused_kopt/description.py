@@ -136,6 +136,18 @@ def _bucket(how: Kept, pairs: Pairs, chosen: tuple[Chosen, str], alignment: int)
     return BucketDescription(each[0].device, each[0].dtype, how.precision, *sizes, how.slots, kept, *chosen, launches, moved)
 
 
+def joined(parts: Sequence[Description]) -> Description:
+    """One description of a step that consists of several; ValueError for none."""
+    if not parts:
+        raise ValueError("There is nothing to describe: no parameter is trainable.")
+    buckets = tuple(bucket for part in parts for bucket in part.buckets)
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+    if len(parts) > 1:
+        notes += (f"rules that differ between groups, launches for each: {len(parts)}",)
+    norms = sum(part.norm_launches for part in parts), sum(part.norm_bytes for part in parts)
+    return Description(parts[0].optimizer, buckets, *norms, notes)
+
+
 def _choose(executor: Executor, device: torch.device, pairs: Pairs) -> tuple[Chosen, str]:
     """The executor on a device, and why."""
     counts = [v.numel() for v in {id(v): v for _, v in pairs if v.device == device}.values()]

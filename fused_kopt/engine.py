@@ -1,8 +1,7 @@
 """A step's course: what Optimizer's public methods call. From pairs to launches, their repetition, and the commit."""
 
 import contextlib
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,16 +9,15 @@ from torch import Tensor
 
 from fused_kopt import aggregate, clipping, execute, gradients, hyperparameters, layout, updates, verification
 from fused_kopt.clipping import Clips
+from fused_kopt.declared import Declared
 from fused_kopt.errors import TornStepError
-from fused_kopt.execute import Chosen, Rule, Update
+from fused_kopt.execute import Chosen
 from fused_kopt.flat import Flat
 from fused_kopt.hyperparameters import Step
-from fused_kopt.precision import Precision
 from fused_kopt.recording import Sums
-from fused_kopt.repeat import Repeat, Scalars
+from fused_kopt.repeat import Repeat
 from fused_kopt.replays import Replays, capturing
 from fused_kopt.state import Key
-from fused_kopt.stored import Stored
 from fused_kopt.updates import Entry, Launch, Recipe, SparseRows
 
 
@@ -33,23 +31,10 @@ class Prepared(NamedTuple):
     steps: dict[torch.dtype, Step]
 
 
-class Engine(Stored):
-    """The part of Optimizer that takes steps. A subclass declares slots, scalars and a rule."""
+class Engine(Declared):
+    """The part of Optimizer that takes steps."""
 
     sparse_rows: ClassVar[SparseRows] = "touched"
-    exact: ClassVar[bool] = True  # False where the rule has a general power, in which executors differ by up to 2 ulp
-
-    def sparse_rule(self, rank: int) -> Rule:
-        """The rule for sparse gradients of a variable of `rank` dimensions, where Keras's operation order differs there."""
-        return self.rule()
-
-    @abstractmethod
-    def scalars(self, step: Step) -> Sequence[Any]:
-        """A NamedTuple of the step's scalars, computed in `step.dtype`."""
-
-    def _rate(self, step: Step) -> Any:
-        """This step's learning rate: schedule or value, divided by 1 + decay * iterations."""
-        return step.learning_rate(self.learning_rate, self._initial_decay)
 
     def _new_weights(self, variables: Sequence[Tensor]) -> list[Tensor]:
         """Weights besides the slots that the first step creates, before them (Nadam's momentum cache)."""
@@ -78,15 +63,24 @@ class Engine(Stored):
                     torch.set_grad_enabled(recording)
 
     def _transform(self, pairs: list[tuple[Tensor, Tensor]], aggregated: bool) -> list[tuple[Tensor, Tensor]]:
-        """Aggregation, then the transformers; what they return is checked like what the caller passed."""
+        """Aggregation, a guard's look if there are transformers, then these; what they return is checked like what the caller passed."""
         given: Iterable[Any] = pairs
-        for transform in [self._aggregator] * aggregated + self._transformers:
+        looks = [self._unscaled] * bool(self._transformers and self._guard)
+        for transform in [*[self._aggregator] * aggregated, *looks, *self._transformers]:
             given = transform(given)
         if given is pairs:
             return pairs
         pairs = gradients.check(gradients.present(given))
         self._check_known(pairs)
         return pairs
+
+    def _unscaled(self, given: Iterable[Any]) -> list[tuple[Tensor, Tensor]]:
+        """The pairs without the loss scale, once the guard has seen them: what transformers get."""
+        assert self._guard is not None
+        pairs = gradients.check(gradients.present(given))
+        unscale = Clips(1.0, None, None, None, self._guard.unscale)
+        clipping.rows(pairs, unscale, self._executors(v for _, v in pairs), self._executor, self._guard)
+        return [(g, v) for g, (_, v) in zip(self._guard.unscaled([g for g, _ in pairs]), pairs, strict=True)]
 
     def _apply_flat(self, flat: Flat, aggregated: bool) -> Tensor | None:
         if aggregated and self._aggregator is aggregate.all_reduce_sum and aggregate.replicated():
@@ -107,6 +101,9 @@ class Engine(Stored):
         pairs = self._transform(pairs, aggregated) if pairs else pairs
         if not pairs:
             self._begin([])
+            if self._guard is not None and self._guard.open:  # Keras counts it for the scale
+                self._guard.check([])
+                self._guard.commit()
             return None
         return self._apply(pairs)
 
@@ -133,7 +130,7 @@ class Engine(Stored):
         repeat = self._known(given, aggregated, sums)
         if repeat is None:
             return None
-        repeat.clip(self._clipping())
+        repeat.clip(self._clipping(), self._guard)
         if self._replays is not None and self._replays.repeat is repeat:
             return self._step_of(self._replays)
         steps: dict[torch.dtype, Step] = {}
@@ -145,6 +142,8 @@ class Engine(Stored):
     def _step_of(self, replays: Replays) -> Tensor:
         self._torn = not capturing()
         replays.step()
+        if self._guard is not None:
+            self._guard.commit()
         if not capturing():
             torch.autograd.graph.increment_version(replays.repeat.variables)
             replays.count(1)
@@ -177,10 +176,16 @@ class Engine(Stored):
 
     def _finish(self, variables: Sequence[Tensor], steps: Mapping[torch.dtype, Step], sums: Sums | None) -> Tensor:
         torch.autograd.graph.increment_version(variables)
-        self._commit(steps)
+        guard = self._guard
+        if guard is not None:
+            guard.commit()
+        if guard is None or not self.carries or guard.finite():
+            self._commit(steps)
         self._state.count()
         self._torn = False
         if sums is not None:
+            if guard is not None:
+                guard.spoil(sums)
             self._recorder.finish(sums, float(next(iter(steps.values())).rate), self._state.steps_taken())
         return self.iterations
 
@@ -190,21 +195,28 @@ class Engine(Stored):
         variables = list({id(v): v for _, v in pairs}.values())
         steps: dict[torch.dtype, Step] = {}
         recipes = {key: self._recipe(key, steps) for key in dict.fromkeys(map(self._state.key, variables))}
-        executors = {}
-        for device in dict.fromkeys(device for device, *_ in recipes):
-            mine = [v.numel() for v in variables if v.device == device]
-            executors[device] = execute.choose(self._executor, device, sum(mine), len(mine))
-        rows = clipping.rows(pairs, self._clipping(), executors, self._executor)
+        executors = self._executors(variables)
+        rows = clipping.rows(pairs, self._clipping(), executors, self._executor, self._guard)
         entries = [Entry(g, v, row) for (g, v), row in zip(pairs, rows, strict=True)]
         return Prepared(entries, variables, recipes, executors, steps)
 
+    def _executors(self, variables: Iterable[Tensor]) -> dict[torch.device, Chosen]:
+        """By device the executor of distinct variables."""
+        sizes: dict[torch.device, list[int]] = {}
+        for variable in variables:
+            sizes.setdefault(variable.device, []).append(variable.numel())
+        return {device: execute.choose(self._executor, device, sum(mine), len(mine)) for device, mine in sizes.items()}
+
     def _clipping(self) -> Clips:
-        return Clips(self.grad_scale, self.clipvalue, self.clipnorm, self.global_clipnorm)
+        unscale = None if self._guard is None else self._guard.unscale
+        return Clips(self.grad_scale, self.clipvalue, self.clipnorm, self.global_clipnorm, unscale)
 
     def _rounds(self, prepared: Prepared, sums: Sums | None = None) -> Iterator[list[Launch]]:
         for entries in updates.rounds(prepared.entries, self._state):
             with torch.no_grad():  # not around the yield: a traceback that keeps this frame would keep gradients off
                 launches = updates.plan(entries, self._state, lambda b: prepared.recipes[(b.device, b.dtype, b.policy)], sums)
+            for launch in launches:
+                launch.update.gate = None if self._guard is None else self._guard.gate(launch.update.bucket.device)
             yield launches
 
     def _recipe(self, key: Key, steps: dict[torch.dtype, Step]) -> Recipe:
@@ -214,32 +226,6 @@ class Engine(Stored):
         planes = policy.planes(dtype, self.slot_groups())
         rule = self._stored_rule(dtype, policy)
         return Recipe(planes, rule, self.sparse_rule, self.sparse_rows, scalars, self.exact, own)
-
-    def _scalars(self, key: tuple[torch.dtype, Precision], steps: dict[torch.dtype, Step]) -> tuple[Any, dict[int, Any]]:
-        """This step's scalars in a compute dtype under a policy, and by id those of variables with a learning rate of their own.
-
-        `steps` receives what they were derived in.
-        """
-        compute, policy = key
-        count = self._state.steps_taken()
-        found: dict[float, Any] = {}
-        with hyperparameters.ieee():
-            for multiplier in dict.fromkeys([1.0, *(m for _, m in self._multipliers.values())]):
-                step = Step(count, compute, multiplier)
-                scalars: Any = self.scalars(step)
-                found[multiplier] = policy.extended(scalars._make(map(float, scalars)), count)
-                steps.setdefault(compute, step)
-        return found[1.0], {key: found[m] for key, (_, m) in self._multipliers.items()}
-
-    def _scalars_of(self, updates: Sequence[Update], steps: dict[torch.dtype, Step]) -> Callable[[Update], Scalars]:
-        """A function that gives an update's scalars in this step."""
-        found = {key: self._scalars(key, steps) for key in dict.fromkeys((u.bucket.compute, u.bucket.policy) for u in updates)}
-
-        def scalars(update: Update) -> Scalars:
-            common, own = found[(update.bucket.compute, update.bucket.policy)]
-            return common, [own.get(id(v), common) for v in update.bucket.variables] if update.rows is not None else None
-
-        return scalars
 
     def _begin(self, variables: Sequence[Tensor]) -> None:
         """Create what the first step creates: hyperparameters, iterations, slots."""

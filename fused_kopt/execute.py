@@ -54,6 +54,8 @@ class Update:
     sums: Tensor | None = None
     """float64 [3] on the bucket's device, to which the launch adds the squares of the gradients (`prepare.scale`), of the steps and
     of the new variables, both as stored. None: no sums."""
+    gate: Tensor | None = None
+    """int64, 0-d, on the bucket's device: 0 where the launch must leave everything as it is. None: 1."""
 
     def blocks(self, block: int) -> Any:
         """The block table of the bucket."""

@@ -37,7 +37,7 @@ _NOT_NEGATIVE = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """OptimizerV2's checks of its keyword arguments, in its order, and ours of `executor`, `verify_every` and `stats_every`."""
+    """OptimizerV2's checks of its keyword arguments, in its order, and ours of `executor` and `verify_every`."""
     for name, value in options.items():
         if name not in Options.__annotations__:
             allowed = ", ".join(sorted(Options.__annotations__))
@@ -48,10 +48,9 @@ def check_options(options: Mapping[str, Any]) -> None:
             warnings.warn("The `lr` argument is deprecated, use `learning_rate` instead.", UserWarning, stacklevel=4)
     if options.get("executor", "auto") not in EXECUTORS:
         raise ValueError(f"`executor` must be one of {EXECUTORS}. Received: executor={options['executor']!r}.")
-    for name in ("verify_every", "stats_every"):
-        every = options.get(name, 0)
-        if not isinstance(every, int) or every < 0:
-            raise ValueError(f"`{name}` must be an int >= 0 (0: never). Received: {name}={every!r}.")
+    every = options.get("verify_every", 0)
+    if not isinstance(every, int) or every < 0:
+        raise ValueError(f"`verify_every` must be an int >= 0 (0: never). Received: verify_every={every!r}.")
 
 
 def check_clips(clips: Mapping[str, float | None], transformers: Sequence[Any]) -> None:

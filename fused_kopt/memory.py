@@ -96,7 +96,9 @@ def estimate_memory(
     Raises TypeError for anything else, and what `Optimizer.describe` raises for policies and executors.
     """
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"`optimizer` must be one of fused_kopt.optimizers. Received: {type(optimizer).__name__}.")
+        raise TypeError(
+            f"`optimizer` must be one of fused_kopt.optimizers, or what a wrapper holds inside. Received: {type(optimizer).__name__}."
+        )
     if isinstance(model_or_shapes, nn.Module):
         model_or_shapes = [p for p in model_or_shapes.parameters() if p.requires_grad]
     variables = list({id(v): v for v in [_variable(item, i) for i, item in enumerate(model_or_shapes)]}.values())

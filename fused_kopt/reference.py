@@ -10,6 +10,8 @@ from fused_kopt import layout, prepare
 
 def run(update: Any) -> None:
     """The rule on torch tensors, variable by variable, one correctly rounded operation at a time."""
+    if update.gate is not None and not update.gate:
+        return
     bucket, compute = update.bucket, update.bucket.compute
     # a device row: torch divides a CUDA tensor by a Python number or CPU scalar through its reciprocal
     rows = torch.tensor([update.scalars] if update.rows is None else update.rows, dtype=compute, device=bucket.device)

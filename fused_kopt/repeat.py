@@ -17,6 +17,7 @@ from fused_kopt.buffers import Bucket
 from fused_kopt.clipping import Clips
 from fused_kopt.execute import Chosen, Executor, Rule, Update
 from fused_kopt.flat import Flat
+from fused_kopt.loss_scale import Guard
 from fused_kopt.recording import Sums
 
 _data_ptr = Tensor.data_ptr
@@ -53,7 +54,7 @@ class Repeat:
         self.written = tensors.Written([*self.variables, *slots, *(flat for update in updates for flat in update.bucket.flat.values())])
         self.places = [_places(update, pairs) for update in updates]
         clipped = any(update.factors is not None for update in updates)
-        self.groups = clipping.groups(pairs) if clipped else []
+        self.groups = clipping.groups(pairs)
         self.takes = [_take(update, places, self.groups) for update, places in zip(updates, self.places, strict=True)] if clipped else []
         self.launches: list[Callable[[Sequence[float], Tensor | None], None]] = []
         self.updates = [replace(update, variables=[], gradients=[], tables=update.segment_tables(), sums=None) for update in updates]
@@ -135,19 +136,24 @@ class Repeat:
         twin.tables = [update.bucket.tables for update in twin.updates]
         return twin
 
-    def clip(self, clips: Clips) -> None:
-        """Put the factors of this step's gradients into the launches."""
+    def clip(self, clips: Clips, guard: Guard | None = None) -> None:
+        """Put the factors of this step's gradients into the launches, and what a guard that checks them says."""
+        squares = clipping.measure(self.groups, clips, self._squares, guard)
+        for update in self.updates:
+            update.gate = None if guard is None else guard.gate(update.bucket.device)
         if clips.neutral:
             return
-        squares = None
-        if clips.by_norm:
-            starts = np.array(self.gradient_addresses)
-            executors = {update.bucket.device: executor for update, executor in zip(self.updates, self.chosen, strict=True)}
-            squares = [g.norms.squares(starts[g.positions], g.table(clips)[0], executors[g.device]) for g in self.groups]
-        tables = clipping.factors(self.groups, clips, squares)
+        weights = [self._squares(group, clips, self.fixed_addresses) for group in self.groups] if clips.trust else None
+        tables = clipping.factors(self.groups, clips, squares, weights)
         for update, (members, take) in zip(self.updates, self.takes, strict=True):
             table = torch.cat([tables[i] for i in members]) if len(members) > 1 else tables[members[0]]
             update.factors = table if take is None else table.index_select(0, take)
+
+    def _squares(self, group: clipping.Group, clips: Clips, addresses: Sequence[int] | None = None) -> Tensor:
+        """The square norms of what lies at these addresses, one for each pair; by default of the gradients."""
+        executors = {update.bucket.device: executor for update, executor in zip(self.updates, self.chosen, strict=True)}
+        starts = np.array(self.gradient_addresses if addresses is None else addresses)[group.positions]
+        return group.norms.squares(starts, group.row(clips), executors[group.device])
 
 
 def _measured(update: Update, sums: Sums) -> Update:

@@ -196,7 +196,7 @@ def _merge(indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 def _each(bucket: Bucket, variable: Tensor, indices: Tensor, values: Tensor, recipe: Recipe) -> Launch:
     """The rule on zeros gives the steps of all occurrences, which are then added one after the other."""
     values = values.clone(memory_format=torch.contiguous_format)  # the kernel reads rows in order; autograd may expand one element
-    steps = torch.zeros_like(values)
+    steps = torch.full_like(values, -0.0)  # what changes nothing when it is added, should the launch leave it
     small = Bucket(bucket.device, bucket.dtype)
     small.adopt(*small.grown([steps], recipe.slots))
     scalars = recipe.own.get(id(variable), recipe.scalars)

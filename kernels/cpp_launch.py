@@ -100,6 +100,8 @@ def bind(update: Any, prepare: Any, measured: Any = None) -> Callable[[Sequence[
 
     def launch(scalars: Sequence[float], factors: torch.Tensor | None) -> None:
         global _launches
+        if update.gate is not None and not update.gate:
+            return
         table = None if update.rows is None else np.ascontiguousarray(update.rows, dtype=np.float64 if wide else np.float32)
         numbers: Any = row(*scalars) if table is None else table.ctypes.data
         if update.current is not None:

@@ -147,7 +147,8 @@ extern "C" void square_norms(const Segment* segments, const int32_t* blocks, int
 extern "C" void fold(const double* values, const int64_t* starts, int64_t count, double* sums) {
     for (int64_t i = 0; i < count; ++i) {
         const int64_t length = starts[i + 1] - starts[i], lanes = length < 1024 ? length : 1024;
-        double total[1024] = {0};
+        double total[1024];
+        std::memset(total, 0, lanes * sizeof *total);  // of 5,000 small gradients, 8 KiB each took longer than their sums
         for (int64_t k = 0; k < length; ++k) total[k % 1024] += values[starts[i] + k];
         sums[i] = lanes ? summed(total, lanes) : 0;
     }

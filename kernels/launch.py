@@ -98,6 +98,13 @@ def upload(array: Any, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
+def gated(segments: Tensor, gate: Tensor) -> Tensor:
+    """A segment table in which every variable is absent where the gate, int64, is 0."""
+    table = segments.clone()
+    table[:, 2] *= gate
+    return table
+
+
 def _tables(update: Any, block: int) -> Tables:
     bucket = update.bucket
     if bucket.tables is None:
@@ -173,7 +180,8 @@ def bind(update: Any, prepare: Any, measured: Any = None) -> Callable[[Sequence[
             numbers = type(scalars)(*(row[i:] for i in range(len(scalars))))
         for tables, segments, constants, warps, known in calls:
             sums = None if measured is None else torch.empty((tables.grid, 3), dtype=torch.float64, device=bucket.device)
-            arguments = (segments, tables.blocks, tables.unread(update) if factors is None else factors, numbers, sums)
+            here = segments if update.gate is None else gated(segments, update.gate)
+            arguments = (here, tables.blocks, tables.unread(update) if factors is None else factors, numbers, sums)
             _run(update_bucket, tables.grid, arguments, constants, warps, known)
             if sums is not None:
                 update.sums.add_(sums.sum(dim=0))

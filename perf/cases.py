@@ -15,8 +15,9 @@ CLIP = 1.0
 # slots per optimizer: the same numbers in every library here
 SLOTS = {"sgd": 0, "momentum": 1, "rmsprop": 1, "adam": 2, "adadelta": 2, "adagrad": 1, "adamax": 2, "nadam": 2, "ftrl": 2, "lion": 1}
 OPTIMIZERS = tuple(SLOTS)
-# plain: the same gradients in every step; clip: and a global norm; fresh: gradients at other addresses in every step
-VARIANTS = ("plain", "clip", "fresh")
+# plain: the same gradients in every step; clip: and a global norm; fresh: gradients at other addresses in every step; average: clip,
+# and Keras 3's moving average of the variables
+VARIANTS = ("plain", "clip", "fresh", "average")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,7 +41,12 @@ class Case:
     @property
     def clip(self) -> float | None:
         """The limit on the global norm, if any."""
-        return CLIP if self.variant == "clip" else None
+        return CLIP if self.variant in ("clip", "average") else None
+
+    @property
+    def averaged(self) -> bool:
+        """Whether a moving average of the variables is kept."""
+        return self.variant == "average"
 
     @property
     def name(self) -> str:
@@ -49,9 +55,9 @@ class Case:
         return f"{self.optimizer} {self.workload}{sample} {str(self.dtype).removeprefix('torch.')} {self.variant}"
 
     def bytes(self, slot_bytes: float) -> int:
-        """What a step must move: variables and slots read and written, gradients read; for a global norm read once more."""
-        reads = 4 if self.clip else 3
-        return round(self.elements * (reads * self.dtype.itemsize + 2 * SLOTS[self.optimizer] * slot_bytes))
+        """What a step must move: variables, slots and averages read and written, gradients read, for a global norm once more."""
+        touched = 3 + (self.clip is not None) + 2 * self.averaged
+        return round(self.elements * (touched * self.dtype.itemsize + 2 * SLOTS[self.optimizer] * slot_bytes))
 
 
 class Runner(NamedTuple):

@@ -2,13 +2,13 @@
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from perf import keras3
 from perf.cases import RATE, SLOTS, Case, Runner, Tensors
 from perf.providers import Cost, Provider
 
@@ -32,10 +32,6 @@ CAPTURED: dict[str, dict[str, Any]] = {
     "momentum": {"fused": True},
     "adam": {"fused": True, "capturable": True},
     **{name: {"foreach": True, "capturable": True} for name in ("rmsprop", "adadelta", "adamax", "nadam")},
-}
-KERAS: dict[str, tuple[str, dict[str, Any]]] = {
-    "momentum": ("SGD", {"momentum": 0.9}),
-    **{name.lower(): (name, {}) for name in ("SGD", "RMSprop", "Adam", "Adadelta", "Adagrad", "Adamax", "Nadam", "Ftrl", "Lion")},
 }
 OPTIMI: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("SGD", {}),
@@ -76,7 +72,7 @@ class Torch(Provider):
 
     name = "torch"
 
-    def why_not(self, case: Case) -> str | None:
+    def unsuitable(self, case: Case) -> str | None:
         if case.optimizer not in TORCH:
             return f"torch.optim has no {case.optimizer}"
         if self.executor == "fused" and case.optimizer not in FUSED:
@@ -128,35 +124,6 @@ def captured(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
     return replay
 
 
-class Keras(Provider):
-    """Keras 3 on torch: `apply` under no_grad on the gradients of its variables, as Keras's own trainer calls it."""
-
-    name = "keras"
-
-    def why_not(self, case: Case) -> str | None:
-        return missing("keras", case, KERAS)
-
-    def slot_bytes(self, case: Case) -> float:
-        return case.dtype.itemsize
-
-    def make(self, case: Case, tensors: Tensors) -> Runner:
-        os.environ["KERAS_BACKEND"] = "torch"  # Keras reads it at its import
-        keras: Any = importlib.import_module("keras")
-        if keras.backend.backend() != "torch":
-            raise RuntimeError(f"Keras was imported before, on {keras.backend.backend()}; only its torch backend is a peer.")
-        name, options = KERAS[case.optimizer]
-        with keras.device(str(case.device)):
-            variables = [keras.Variable(v, dtype=str(v.dtype).removeprefix("torch.")) for v in tensors.variables]
-            optimizer = getattr(keras.optimizers, name)(learning_rate=RATE, global_clipnorm=case.clip, **options)
-            optimizer.build(variables)
-
-        def step() -> None:
-            with torch.no_grad(), keras.device(str(case.device)):
-                optimizer.apply([v.value.grad for v in variables], variables)
-
-        return tensors.runner(step)
-
-
 class Optimi(Provider):
     """optimi, tensor by tensor in torch or Triton; without its Kahan sums, which would be one more slot.
 
@@ -165,7 +132,7 @@ class Optimi(Provider):
 
     name = "optimi"
 
-    def why_not(self, case: Case) -> str | None:
+    def unsuitable(self, case: Case) -> str | None:
         if self.executor == "triton" and case.device.type == "cpu":
             return "optimi's Triton kernels need a GPU"
         return missing("optimi", case, OPTIMI)
@@ -185,7 +152,7 @@ class Flash(Provider):
 
     name = "flashoptim"
 
-    def why_not(self, case: Case) -> str | None:
+    def unsuitable(self, case: Case) -> str | None:
         return missing("flashoptim", case, FLASH) or (None if case.device.type == "cuda" else "flashoptim needs a GPU")
 
     def slot_bytes(self, case: Case) -> float:
@@ -205,7 +172,8 @@ PEERS: tuple[Provider, ...] = (
     Torch("fused", Cost(1.3, 3)),
     Torch("compile", Cost(1.3, 30)),
     Torch("graph", Cost(1.3, 3)),
-    Keras("torch", Cost(9, 40, 20)),
+    keras3.STOCK,
+    keras3.SUBCLASS,
     Optimi("loop", Cost(9, 20, 4)),
     Optimi("triton", Cost(1.3, 30)),
     Flash("triton", Cost(1.3, 30)),

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 
+from perf import keras3
 from perf.cases import OPTIMIZERS, SLOTS, Case
 from perf.measure import LEAST, WARM
 from perf.peers import PEERS
 from perf.providers import Borrowed, Cost, Flat, Provider
-from perf.workloads import MODELS, REPLICAS, SWEEP, WORKLOADS, elements, sampled
+from perf.workloads import KERAS3, MODELS, REPLICAS, SWEEP, WORKLOADS, elements, sampled
 
 PROVIDERS: tuple[Provider, ...] = (
     Borrowed("reference", Cost(25, 200, 30)),
@@ -19,6 +20,7 @@ PROVIDERS: tuple[Provider, ...] = (
     Borrowed("compiled", Cost(1.3, 10)),
     Flat("triton", Cost(1.3, 0.1)),
     Flat("compiled", Cost(1.3, 0.1)),
+    keras3.OURS,
     *PEERS,
 )
 HEADLINE = {"cpu": "1x25M", "cuda": "W4"}  # where all optimizers and dtypes are compared
@@ -40,9 +42,10 @@ class Entry(NamedTuple):
 
 
 EVERY = ("*",)
-FAST = ("fused_kopt-[!r]*", "torch-*", "keras-*", "optimi-*", "flashoptim-*")  # all but the reference
-FEW = ("fused_kopt-[!r]*", "torch-fused")
-HOST = ("fused_kopt-*", "torch-*", "keras-*")
+FAST = ("fused_kopt-[!rk]*", "torch-*", "keras-torch", "optimi-*", "flashoptim-*")  # all but the reference
+FEW = ("fused_kopt-[!rk]*", "torch-fused")
+HOST = ("fused_kopt-[!k]*", "torch-*", "keras-torch")
+KERAS = ("fused_kopt-keras-*", "keras-*")
 
 
 def default_plan(device: torch.device) -> list[Entry]:
@@ -54,10 +57,13 @@ def default_plan(device: torch.device) -> list[Entry]:
     entries += [Entry(name, "5000x64", f32, "plain", HOST) for name in ("adam", *OPTIMIZERS)]
     entries += [Entry("adam", name, f32, "plain", FEW if name in LARGE else FAST) for name in MODELS + REPLICAS]
     entries += [Entry("adam", name, f32, kind, FAST) for kind in ("clip", "fresh") for name in ("25x1M", "5000x64", "W1")]
-    first: dict[tuple[object, ...], Entry] = {}
+    entries += [Entry("adam", name, f32, kind, KERAS) for name in KERAS3 for kind in ("plain", "clip", "average")]
+    entries += [Entry(name, workload, f32, "plain", KERAS) for workload in KERAS3 for name in OPTIMIZERS]
+    merged: dict[Entry, Entry] = {}
     for entry in entries:
-        first.setdefault(entry[:4], entry)
-    return list(first.values())
+        case = entry._replace(patterns=())
+        merged[case] = entry._replace(patterns=(*merged.get(case, case).patterns, *entry.patterns))
+    return list(merged.values())
 
 
 def select(patterns: Sequence[str]) -> list[Provider]:

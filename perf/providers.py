@@ -48,6 +48,8 @@ class Provider(ABC):
     """A library and one of its ways to execute a step."""
 
     name: ClassVar[str]
+    averages: ClassVar[bool] = False
+    """Whether it can keep a moving average of the variables."""
     cost: Cost
 
     def __init__(self, executor: str, cost: Cost) -> None:
@@ -64,9 +66,15 @@ class Provider(ABC):
         """Whether a failure is this project's own."""
         return self.name.startswith("fused_kopt")
 
-    @abstractmethod
     def why_not(self, case: Case) -> str | None:
         """Why the case cannot or should not run here, or None."""
+        if case.averaged and not self.averages:
+            return "it keeps no average of the variables"
+        return self.unsuitable(case)
+
+    @abstractmethod
+    def unsuitable(self, case: Case) -> str | None:
+        """`why_not`, for what is special about the provider."""
 
     @abstractmethod
     def slot_bytes(self, case: Case) -> float:
@@ -83,7 +91,7 @@ class Borrowed(Provider):
     name = "fused_kopt"
     executor: Executor
 
-    def why_not(self, case: Case) -> str | None:
+    def unsuitable(self, case: Case) -> str | None:
         small = len(case.shapes) <= INTERPRETED_TENSORS and case.elements <= INTERPRETED_ELEMENTS
         if self.executor == "triton" and case.device.type == "cpu" and not small:
             return f"the interpreter takes seconds beyond {INTERPRETED_ELEMENTS:,} elements or {INTERPRETED_TENSORS} tensors"
@@ -104,12 +112,12 @@ class Flat(Borrowed):
 
     name = "fused_kopt-flat"
 
-    def why_not(self, case: Case) -> str | None:
+    def unsuitable(self, case: Case) -> str | None:
         if not hasattr(Optimizer, "flatten"):
             return "Optimizer.flatten does not exist in this version"
         if case.variant == "fresh":
             return "gradients live in the flat buffer and do not change address"
-        return super().why_not(case)
+        return super().unsuitable(case)
 
     def make(self, case: Case, tensors: Tensors) -> Runner:
         optimizer: Any = OURS[case.optimizer](self.executor, case.clip)

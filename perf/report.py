@@ -22,6 +22,7 @@ def build(found: Sequence[Row]) -> dict[str, str]:
         "workloads": tables.per_device(cases, tables.workloads),
         "variants": tables.per_device(cases, tables.variants),
         "providers": tables.per_device(cases, tables.providers),
+        "keras3": tables.per_device(tables.newest(found, keras3=True), tables.keras3),
         "predictions": tables.predictions(cases),
         **precision.build(),
     }

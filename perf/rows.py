@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import fused_kopt
+from perf import keras3
 from perf.cases import Case
 from perf.measure import Result
 
@@ -35,6 +36,7 @@ class Provenance:
     triton: str
     python: str
     fused_kopt: str
+    keras: str
     copy_gb_per_s: float
     """The best of a plain stream in this run: triad on CPU, copy on a GPU."""
 
@@ -73,6 +75,11 @@ class Row(Provenance):
     def ours(self) -> bool:
         """Whether fused_kopt ran it."""
         return self.provider.startswith("fused_kopt")
+
+    @property
+    def keras3(self) -> bool:
+        """Whether it belongs to the comparison of Keras 3's classes with ours in their place only."""
+        return self.provider == keras3.OURS.name or (self.provider, self.executor) == (keras3.SUBCLASS.name, keras3.SUBCLASS.executor)
 
 
 def row(case: Case, result: Result, provenance: Provenance) -> Row:
@@ -158,6 +165,7 @@ def provenance(device: torch.device, commit: str | None, bytes_per_second: float
         triton=version("triton") if find_spec("triton") else "none",
         python=platform.python_version(),
         fused_kopt=fused_kopt.__version__,
+        keras=version("keras") if find_spec("keras") else "none",
         copy_gb_per_s=rounded(bytes_per_second / 1e9),
     )
 

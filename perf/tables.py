@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from perf.cases import DTYPES, OPTIMIZERS, VARIANTS
+from perf.keras3 import STOCK, SUBCLASS
 from perf.plan import HEADLINE, PROVIDERS
 from perf.rows import Row, on_cpu
-from perf.workloads import MODELS, REPLICAS, WORKLOADS, elements
+from perf.workloads import KERAS3, MODELS, REPLICAS, WORKLOADS, elements
 
 ASSUMED_COPY = 3.0e12  # an H100's, bytes per second, until a run has measured a GPU
 REACHED = 0.92  # of the copy's bandwidth: what a prediction expects of one launch
@@ -60,10 +61,15 @@ class Found(NamedTuple):
 Cases = dict[Key, Found]
 
 
-def newest(rows: Sequence[Row]) -> Cases:
-    """Per case the last run that compares ours with a peer: ratios across runs would compare days, not providers."""
+def newest(rows: Sequence[Row], keras3: bool = False) -> Cases:
+    """Per case the last run that compares ours with a peer: ratios across runs would compare days, not providers.
+
+    keras3: of Keras 3's classes with ours in their place; otherwise of everything else.
+    """
     runs: dict[tuple[Key, str], dict[str, Row]] = {}
     for row in rows:
+        if row.keras3 != keras3 and not (keras3 and row.provider == STOCK.name):
+            continue
         key = Key(row.device, row.optimizer, row.workload, row.dtype, row.variant)
         runs.setdefault((key, row.date), {})[f"{row.provider}-{row.executor}"] = row
     complete = [(key, date, run) for (key, date), run in runs.items() if {row.ours for row in run.values()} == {True, False}]
@@ -150,6 +156,21 @@ def variants(cases: Cases, headline: str) -> str:
     repeated = {key.workload for key in cases if not key.plain}
     lines = rows_for(cases, lambda key: key.optimizer == "adam" and key.workload in repeated, name, wanted)
     return markdown(["Adam", *COMPARED], ([named(text, found), *compared(found)] for text, found in lines))
+
+
+def keras3(cases: Cases, headline: str) -> str:
+    """Keras 3's classes and ours in their place."""
+
+    def name(key: Key) -> str:
+        return f"{key.workload} {key.optimizer} {key.variant}"
+
+    wanted = [f"{w} {name} {v}" for w in KERAS3 for v in VARIANTS for name in ("adam", *OPTIMIZERS)]
+    lines = []
+    for text, found in rows_for(cases, lambda key: key.dtype == "float32", name, dict.fromkeys(wanted)):
+        ours, peers = found.ours, [found.rows.get(peer.key) for peer in (STOCK, SUBCLASS)]
+        times = [cell for peer in peers for cell in (step(peer), f"{peer.step_seconds / ours.step_seconds:.1f}x" if peer else "")]
+        lines.append([named(text, found), step(ours), *times])
+    return markdown(["`apply`", "fused_kopt.keras", "Keras 3", "takes", "a subclass of it", "takes"], lines)
 
 
 def providers(cases: Cases, headline: str) -> str:

@@ -105,6 +105,7 @@ WORKLOADS: dict[str, Workload] = {
     "25x1M": Workload("25 x 1M", ((25, (1_000_000,)),)),
     "1x25M": Workload("1 x 25M", ((1, (25_000_000,)),)),
     "5000x64": Workload("5,000 x 64", ((5000, (64,)),)),
+    "200x640": Workload("200 small, vectors and matrices", ((100, (64,)), (100, (64, 19)))),
     # host time over the number of tensors, together with W11
     "1x64": Workload("1 x 64", ((1, (64,)),)),
     "10x64": Workload("10 x 64", ((10, (64,)),)),
@@ -112,5 +113,6 @@ WORKLOADS: dict[str, Workload] = {
     "1000x64": Workload("1,000 x 64", ((1000, (64,)),)),
 }
 MODELS = tuple(f"W{i}" for i in range(1, 16))
-REPLICAS = ("200x1M", "10x16.8M", "1000x1024", "32x2048x2048", "25x1M", "1x25M", "5000x64")
+REPLICAS = ("200x1M", "10x16.8M", "1000x1024", "32x2048x2048", "25x1M", "1x25M", "5000x64", "200x640")
+KERAS3 = ("200x640", "25x1M")  # where Keras 3's classes are compared with ours in their place
 SWEEP = ("1x64", "10x64", "100x64", "1000x64", "W11")

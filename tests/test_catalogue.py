@@ -5,9 +5,6 @@ import re
 from pathlib import Path
 
 LATER = {
-    "A2": "issue 5, loss scaling: a skipped step leaves everything as it was",
-    "A3": "issue 5, loss scaling: the scale does not underflow",
-    "A4": "issue 5, loss scaling: the scale does not grow without bound",
     "A14": "issue 5, float8: slots in 8 bits",
     "A15": "issue 5, float8: devices without it",
     "A16": "issue 5, stochastic rounding",

@@ -50,6 +50,8 @@ def arguments(page: Path) -> list[tuple[str, str]]:
     return re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE)
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:.*many workers", "ignore:'pin_memory'")  # the hosts' own
+@pytest.mark.usefixtures("one_thread")
 @each_page
 def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)

@@ -19,7 +19,7 @@ import fused_kopt
 ROOT = Path(__file__).parent.parent
 NOT_COPIED = (".*", "__pycache__", "*.egg-info", "build", "dist", "site", "demo-out")
 INFO = f"fused_kopt-{fused_kopt.__version__}.dist-info"
-EXTRAS = {"checkpoint", "triton", "demo", "test", "bench", "docs"}
+EXTRAS = {"checkpoint", "keras", "triton", "demo", "test", "bench", "docs", "hosts"}
 # A step in Triton's interpreter through the installed package; the top-level `kernels` stays another package.
 CLIENT = """
 import sys, torch, fused_kopt, kernels

@@ -20,7 +20,7 @@ from perf.cases import CLIP, OPTIMIZERS, RATE, SLOTS, VARIANTS, Case, Runner, Te
 from perf.clocks import CpuClock, CudaClock, Sample
 from perf.providers import OURS, Borrowed, Cost, Provider
 from perf.rows import Row
-from perf.workloads import MODELS, REPLICAS, SWEEP, WORKLOADS, elements, sampled
+from perf.workloads import KERAS3, MODELS, REPLICAS, SWEEP, WORKLOADS, elements, sampled
 
 # torch's compiler, and what the peers import, touch deprecated parts of themselves
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -52,6 +52,7 @@ TOTALS = {
     "25x1M": (25, 25_000_000, 1_000_000),
     "1x25M": (1, 25_000_000, 25_000_000),
     "5000x64": (5_000, 320_000, 64),
+    "200x640": (200, 128_000, 1_216),
     "1x64": (1, 64, 64),
     "10x64": (10, 640, 64),
     "100x64": (100, 6_400, 64),
@@ -77,7 +78,7 @@ class FakeProvider(Provider):
         self.seconds = seconds
         self.steps = 0
 
-    def why_not(self, case: Case) -> str | None:
+    def unsuitable(self, case: Case) -> str | None:
         return None
 
     def slot_bytes(self, case: Case) -> float:
@@ -117,13 +118,14 @@ class FakeClock:
         return 2**33
 
 
-PROVENANCE = rows.Provenance("2026-01-02T03:04:05+00:00", "abc", "Some CPU, 2 cores", 2, "2.13", "3.9", "3.11", "0.1", 100.0)
+PROVENANCE = rows.Provenance("2026-01-02T03:04:05+00:00", "abc", "Some CPU, 2 cores", 2, "2.13", "3.9", "3.11", "0.1", "3.15", 100.0)
 
 
 def made(provider: str, seconds: float, **changes: Any) -> Row:
     """A row as a run would write it."""
-    fake = FakeProvider(provider.partition("-")[0], seconds)
-    fake.executor = provider.partition("-")[2]
+    name, _, executor = provider.rpartition("-")
+    fake = FakeProvider(name, seconds)
+    fake.executor = executor
     result = measure.Result(fake, [Sample(seconds, seconds)] * 5, 0)
     return replace(rows.row(case(shapes=[(1_000_000,)]), result, PROVENANCE), **changes)
 
@@ -159,13 +161,14 @@ def test_samples_shrink_by_their_factor(name: str, factor: int) -> None:
 
 def test_the_providers_that_the_bench_promises() -> None:
     keys = {provider.key for provider in plan.PROVIDERS}
-    ours = {f"fused_kopt-{executor}" for executor in ("reference", "triton", "compiled", "flat-triton", "flat-compiled")}
+    ours = {f"fused_kopt-{executor}" for executor in ("reference", "triton", "compiled", "flat-triton", "flat-compiled", "keras-auto")}
     peers = {
         "torch-foreach",
         "torch-fused",
         "torch-compile",
         "torch-graph",
         "keras-torch",
+        "keras-subclass",
         "optimi-loop",
         "optimi-triton",
         "flashoptim-triton",
@@ -190,6 +193,7 @@ def test_bytes() -> None:
     assert per_element("torch-fused", "adam", torch.bfloat16) == 14
     assert per_element("flashoptim-triton", "adam", torch.bfloat16) == 12.25
     assert per_element("fused_kopt-compiled", "adam", torch.float32, "clip") == 32
+    assert per_element("fused_kopt-keras-auto", "adam", torch.float32, "average") == 40
 
 
 @pytest.mark.parametrize("provider", plan.PROVIDERS, ids=lambda provider: provider.key)
@@ -206,7 +210,7 @@ def test_every_step_is_one_sgd_step(provider: Provider, variant: str) -> None:
         gradients = [variable.grad.clone() for variable in runner.variables]  # type: ignore[union-attr]
         runner.step()
         norm = torch.stack([g.norm() for g in gradients]).norm()
-        factor = min(1.0, CLIP / float(norm)) if variant == "clip" else 1.0
+        factor = min(1.0, CLIP / float(norm)) if variant in ("clip", "average") else 1.0
         expected = [v - RATE * factor * g for v, g in zip(expected, gradients, strict=True)]
     for variable, value in zip(runner.variables, expected, strict=True):
         torch.testing.assert_close(variable.detach(), value, rtol=1e-5, atol=1e-7)
@@ -344,7 +348,9 @@ def test_the_default_plan_covers_everything_once(device: str) -> None:
     assert {entry.dtype for entry in entries} == {torch.float32, torch.bfloat16, torch.float16}
     reached = {provider.key for entry in entries for provider in plan.select(entry.patterns)}
     assert reached == {provider.key for provider in plan.PROVIDERS}
-    assert entries[0] == ("adam", plan.HEADLINE[device], torch.float32, "plain", plan.EVERY)
+    assert entries[0][:4] == ("adam", plan.HEADLINE[device], torch.float32, "plain")
+    assert set(plan.EVERY) <= set(entries[0].patterns)
+    assert {entry.optimizer for entry in entries if set(plan.KERAS) <= set(entry.patterns)} == set(OPTIMIZERS)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -438,6 +444,10 @@ def test_tables_follow_the_newest_complete_run() -> None:
     for found, expected in ((old, "| 2 s |"), (old + new, "| 6 s |"), ([*new, *old, alone], "| 6 s |")):
         assert expected in report.build(found)["optimizers"]
     assert report.build([alone])["optimizers"] == "No rows yet."
+    classes = [made(key, 1.0, workload=KERAS3[0]) for key in ("fused_kopt-keras-auto", "keras-torch", "keras-subclass")]
+    classes[1:] = [replace(row, seconds=row.seconds * n, host_seconds=row.seconds * n) for n, row in zip((5, 15), classes[1:], strict=True)]
+    assert report.build([*old, *classes])["optimizers"] == report.build(old)["optimizers"]
+    assert "| 200x640 adam plain | 1 s | 5 s | 5.0x | 15 s | 15.0x |" in report.build([*old, *classes])["keras3"]
     text = "<!-- perf:optimizers -->\nstale\n<!-- /perf -->"
     assert "stale" not in report.filled(text, report.build(old))
     with pytest.raises(ValueError, match="Received: perf:nothing"):

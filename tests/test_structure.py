@@ -27,10 +27,11 @@ MANY_PARAMETERS = {"update_block": 8}
 KEYWORDS = {"__init__", "_config", "check_not_negative"}
 
 OPTIMIZERS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", "registry", "rmsprop", "sgd")
+KERAS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lamb", "lion", "nadam", "rmsprop", "sgd")
 # From the bottom: a module imports from layers below its own, never upward, never sideways.
 LAYERS = (
     ("aggregate", "errors", "layout", "op", "optimizers.schedules", "recording", "slots", "tape", "tensors"),
-    ("buffers", "prepare"),
+    ("buffers", "loss_scale", "prepare"),
     ("reference", "state"),
     ("execute",),
     ("gradients", "hyperparameters", "norms"),
@@ -42,15 +43,30 @@ LAYERS = (
     ("repeat",),
     ("repeats", "replays"),
     ("borrowed", "contract"),
-    ("stored",),
+    ("accumulation", "stored"),
+    ("declared",),
     ("engine",),
     ("optimizer",),
     tuple(f"optimizers.{name}" for name in OPTIMIZERS),
     ("optimizers",),
     ("memory",),
+    ("keras.declaration", "keras.host", "keras.plan"),
+    ("keras.state", "keras.stepper"),
+    ("keras.fused",),
+    ("keras.loss_scale", *(f"keras.{name}" for name in KERAS)),
+    ("keras.fusing", "keras.logger"),
+    ("keras",),
+    ("mixed_precision",),
     ("",),
+    ("torch_optim.arguments", "torch_optim.members"),
+    ("torch_optim.loading", "torch_optim.rows"),
+    ("torch_optim.contract",),
+    ("torch_optim.optimizer",),
+    tuple(f"torch_optim.{name}" for name in OPTIMIZERS if name != "registry"),
+    ("torch_optim",),
+    ("hf", "lightning"),
     ("checkpoint.neutral", "checkpoint.tables"),
-    ("checkpoint.meaning", "checkpoint.storage", "checkpoint.torch_words"),
+    ("checkpoint.meaning", "checkpoint.scaling", "checkpoint.storage", "checkpoint.torch_words"),
     ("checkpoint.snapshot",),
     ("checkpoint.lists", "checkpoint.torch_read", "checkpoint.torch_write"),
     ("checkpoint.keras_files",),
@@ -132,7 +148,8 @@ class Import(NamedTuple):
 @functools.cache
 def sources() -> dict[str, Path]:
     """Module name (without the package's) to file; the link is followed once, as kernels."""
-    folders = ("fused_kopt", "fused_kopt/optimizers", "fused_kopt/checkpoint", "fused_kopt/commands", "kernels")
+    packages = ("optimizers", "keras", "checkpoint", "commands", "torch_optim")
+    folders = ("fused_kopt", *(f"fused_kopt/{name}" for name in packages), "kernels")
     files = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
     return {re.sub(r"^fused_kopt\.|\.?__init__$", "", ".".join(f.relative_to(ROOT).with_suffix("").parts)): f for f in files}
 
@@ -229,7 +246,7 @@ ALLOWED_IN_RULES = (
 )
 
 
-@pytest.mark.parametrize("module", sorted(m for m in LEVEL if m.startswith("optimizers.")))
+@pytest.mark.parametrize("module", sorted(m for m in LEVEL if m.startswith(("optimizers.", "keras."))))
 def test_rules_are_branch_free(module: str) -> None:
     """A rule, and the functions that rules call, use + - *, tuples, > and `op`; the one literal besides slots[i] is 0.0."""
     for function in tree(module).body:

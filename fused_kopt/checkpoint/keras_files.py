@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import h5py
 
-from fused_kopt.checkpoint import lists, meaning, snapshot
+from fused_kopt.checkpoint import lists, meaning, scaling, snapshot
 from fused_kopt.checkpoint.lists import ITERATIONS, RATE, Identifier, Place
 from fused_kopt.checkpoint.neutral import Checkpoint, Order
 from fused_kopt.checkpoint.storage import FilePath
@@ -87,7 +87,7 @@ def read_h5(path: FilePath) -> Checkpoint:
     if told.keras3:
         made = lists.keras3_checkpoint(found, names, told.class_name, told.config)
     else:
-        declared = snapshot.new_optimizer(Checkpoint(told.class_name, told.config, 0, {}))
+        declared = scaling.inner(snapshot.new_optimizer(Checkpoint(told.class_name, told.config, 0, {})))
         made = lists.keras2_checkpoint(found, names, declared)
     return dataclasses.replace(made, variables=own)
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_kopt.checkpoint import meaning, snapshot, tables
+from fused_kopt.checkpoint import meaning, scaling, snapshot, tables
 from fused_kopt.checkpoint.neutral import Checkpoint, Order, ordered
 from fused_kopt.errors import CheckpointError
 from fused_kopt.optimizer import Optimizer
@@ -83,7 +83,7 @@ def from_weights(weights: Sequence[Any], optimizer: Identifier, variables: Order
 
     Raises CheckpointError with a table where they do not fit.
     """
-    shapes, declared = ordered(variables), registry.get(optimizer)
+    shapes, declared = ordered(variables), scaling.inner(registry.get(optimizer))
     cls = type(declared).__name__
     found = _filled(weights, _places(declared, list(shapes)), shapes, f"This list of {cls}'s weights")
     return keras2_checkpoint(found, list(shapes), declared)
@@ -125,7 +125,7 @@ def _slot_places(groups: SlotGroups, names: Sequence[str]) -> list[Place]:
 
 def values_of(checkpoint: Checkpoint, places: Sequence[Place]) -> list[Any]:
     """The checkpoint's values as numpy, in the order of places. Raises CheckpointError where it has others."""
-    have: dict[Place, Tensor] = {Place("", name): value for name, value in checkpoint.extra.items()}
+    have: dict[Place, Tensor] = {Place("", name): value for name, value in scaling.without(checkpoint).extra.items()}
     have |= {Place(name, slot): value for name, values in checkpoint.slots.items() for slot, value in values.items()}
     found = {place: value.float() if checkpoint.source == "torch.optim" else value for place, value in have.items()}
     given = {Place("", ITERATIONS): np.int64(checkpoint.iterations), Place("", RATE): np.float32(_rate(checkpoint))}

@@ -25,7 +25,7 @@ class Checkpoint:
             or torch.optim that OptimizerV2 lacks are there only where they are in use (`weight_decay`, `use_ema`...).
         iterations: the number of steps taken.
         slots: variable name -> slot name -> tensor in the variable's shape. A variable without steps has none: {}.
-        extra: weights that belong to no variable: Nadam's `cache`, 0-d.
+        extra: weights that belong to no variable, 0-d: Nadam's `cache`; under loss scaling `loss_scale` and `dynamic_counter`.
         variables: values of the variables, where they were saved too.
         overrides: variable name -> what differs from `config` for it: `learning_rate_multiplier` (scale_learning_rate), or the
             hyperparameters of a later parameter group of torch.optim.

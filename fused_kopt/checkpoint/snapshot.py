@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_kopt import hyperparameters, slots
-from fused_kopt.checkpoint import tables
+from fused_kopt.checkpoint import scaling, tables
 from fused_kopt.checkpoint.meaning import differences
 from fused_kopt.checkpoint.neutral import Checkpoint, Variables, named
 from fused_kopt.errors import CheckpointError, TornStepError
@@ -23,14 +23,15 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
     """The state of an optimizer, copied to the CPU.
 
     Args:
-        optimizer: any fused_kopt optimizer, before or after its first step.
+        optimizer: any fused_kopt optimizer, before or after its first step. Of a LossScaleOptimizer the one inside is captured, and a
+            dynamic scale with its counter.
         variables: (name, tensor) pairs, such as `model.named_parameters()`; all that the optimizer has slots for.
         with_values: also copy the variables' values.
 
     Raises ValueError where the optimizer has slots for a tensor without name, TypeError for malformed `variables`, TornStepError after
     an interrupted step.
     """
-    known = named(variables)
+    known, scale, optimizer = named(variables), scaling.live(optimizer), scaling.inner(optimizer)
     with optimizer._lock:
         if optimizer._torn:
             raise TornStepError("The last step was interrupted: some variables were updated, others not. Restore an older checkpoint.")
@@ -42,7 +43,7 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
             optimizer.get_config(),
             state.steps_taken(),
             owned,
-            {name: _copy(value) for name, value in _extra(optimizer).items()},
+            {name: _copy(value) for name, value in (_extra(optimizer) | scale).items()},
             {name: _copy(value) for name, value in known.items()} if with_values else {},
             {names[i]: {MULTIPLIER: m} for i, (_, m) in optimizer._multipliers.items() if i in names},
         )
@@ -97,7 +98,7 @@ def restore(checkpoint: Checkpoint, optimizer: Optimizer, variables: Variables, 
 
     Args:
         checkpoint: from `capture`, `read` or a converter.
-        optimizer: of the checkpoint's class.
+        optimizer: of the checkpoint's class, perhaps in a LossScaleOptimizer, which keeps its scale where the checkpoint has none.
         variables: (name, tensor) pairs: exactly the checkpoint's names.
         settings: restore hyperparameters too; what cannot change after construction (`epsilon`, `decay`, `nesterov`...) must then
             agree. A hyperparameter that is a callable of the user's stays. With False the optimizer keeps its own.
@@ -106,7 +107,8 @@ def restore(checkpoint: Checkpoint, optimizer: Optimizer, variables: Variables, 
     Raises CheckpointError, with a table of what differs, where class, settings, names, shapes, dtypes or slots do not fit; what
     `build` raises for a variable. Nothing is written then. Warns (UserWarning) where the source's update rule differs from ours.
     """
-    known = named(variables)
+    known, scale, values = named(variables), scaling.live(optimizer), scaling.taken(checkpoint, optimizer)
+    optimizer, checkpoint = scaling.inner(optimizer), scaling.without(checkpoint) if values else checkpoint
     with optimizer._lock:
         twin = _check(checkpoint, optimizer, known, settings)
         _check_values(checkpoint, known, with_values)
@@ -120,6 +122,8 @@ def restore(checkpoint: Checkpoint, optimizer: Optimizer, variables: Variables, 
             for name, keys in checkpoint.overrides.items():
                 optimizer.scale_learning_rate([known[name]], keys[MULTIPLIER])
         _write(checkpoint, optimizer, known, with_values)
+        for name, value in values.items():
+            scale[name].fill_(value.item())
 
 
 def _check(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], settings: bool) -> Optimizer | None:

@@ -30,6 +30,12 @@ def adadelta(p, g, slots, s):
     return p - update * s.learning_rate, (gradients, updates)
 
 
+def derive(step: Step, rate: Any, rho: Any, epsilon: float) -> Scalars:
+    """A step's scalars. rate: its learning rate, in the step's dtype."""
+    rho = step.number(rho)
+    return Scalars(rate, rho, 1 - rho, step.exact(epsilon), step.exact(1.0))
+
+
 class Adadelta(Optimizer):
     """Steps in the variable's own units: `u = sqrt(d + epsilon) / sqrt(a + epsilon) * g; w -= lr * u`.
 
@@ -67,8 +73,7 @@ class Adadelta(Optimizer):
         return adadelta
 
     def scalars(self, step: Step) -> Scalars:
-        rho = step.number(self.rho)
-        return Scalars(self._rate(step), rho, 1 - rho, step.exact(self.epsilon), step.exact(1.0))
+        return derive(step, self._rate(step), self.rho, self.epsilon)
 
     def _compatible(self, weights: Sequence[Any]) -> Sequence[Any]:
         return without_iterations(weights, len(self.weights))

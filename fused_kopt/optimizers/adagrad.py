@@ -24,6 +24,11 @@ def adagrad(p, g, slots, s):
     return p - op.div(g * s.learning_rate, op.sqrt(accumulator) + s.epsilon), (accumulator,)
 
 
+def derive(step: Step, rate: Any, epsilon: float) -> Scalars:
+    """A step's scalars. rate: its learning rate, in the step's dtype."""
+    return Scalars(rate, step.exact(epsilon))
+
+
 class Adagrad(Optimizer):
     """Divides by the root of all squared gradients: `a += g^2; w -= lr * g / (sqrt(a) + epsilon)`.
 
@@ -59,7 +64,7 @@ class Adagrad(Optimizer):
         return adagrad
 
     def scalars(self, step: Step) -> Scalars:
-        return Scalars(self._rate(step), step.exact(self.epsilon))
+        return derive(step, self._rate(step), self.epsilon)
 
     def _compatible(self, weights: Sequence[Any]) -> Sequence[Any]:
         return without_iterations(weights, len(self.weights))

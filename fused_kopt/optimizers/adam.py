@@ -55,6 +55,13 @@ def sparse_amsgrad(p, g, slots, s):
     return p - op.div(m * s.sparse_alpha, op.sqrt(vhat) + s.epsilon), (m, v, vhat)
 
 
+def derive(step: Step, rate: Any, beta_1: Any, beta_2: Any, epsilon: float) -> Scalars:
+    """A step's scalars. rate: its learning rate, in the step's dtype."""
+    beta_1, beta_2 = step.number(beta_1), step.number(beta_2)
+    root, correction = step.sqrt(1 - step.power(beta_2, step.t)), 1 - step.power(beta_1, step.t)
+    return Scalars(rate * root / correction, rate * (root / correction), beta_1, beta_2, 1 - beta_1, 1 - beta_2, step.exact(epsilon))
+
+
 class Adam(Optimizer):
     """Running mean and uncentered variance of the gradient: `w -= alpha * m / (sqrt(v) + epsilon)`.
 
@@ -105,10 +112,7 @@ class Adam(Optimizer):
         return sparse_amsgrad if self.amsgrad else sparse_adam
 
     def scalars(self, step: Step) -> Scalars:
-        rate, beta_1, beta_2 = self._rate(step), step.number(self.beta_1), step.number(self.beta_2)
-        root, correction = step.sqrt(1 - step.power(beta_2, step.t)), 1 - step.power(beta_1, step.t)
-        epsilon = step.exact(self.epsilon)
-        return Scalars(rate * root / correction, rate * (root / correction), beta_1, beta_2, 1 - beta_1, 1 - beta_2, epsilon)
+        return derive(step, self._rate(step), self.beta_1, self.beta_2, self.epsilon)
 
     def _compatible(self, weights: Sequence[Any]) -> Sequence[Any]:
         # V1 lists hold vhats even without amsgrad; a list of one on an unbuilt optimizer is none of those

@@ -33,6 +33,12 @@ def sparse_adamax(p, g, slots, s):
     return p - op.div(m, v + s.epsilon) * s.alpha, (m, v)
 
 
+def derive(step: Step, rate: Any, beta_1: Any, beta_2: Any, epsilon: float) -> Scalars:
+    """A step's scalars. rate: its learning rate, in the step's dtype."""
+    beta_1, beta_2 = step.number(beta_1), step.number(beta_2)
+    return Scalars(rate / (1 - step.power(beta_1, step.t)), beta_1, beta_2, 1 - beta_1, step.exact(epsilon))
+
+
 class Adamax(Optimizer):
     """Adam with the infinity norm: `w -= lr / (1 - beta_1^t) * m / (v + epsilon)`.
 
@@ -75,9 +81,7 @@ class Adamax(Optimizer):
         return sparse_adamax
 
     def scalars(self, step: Step) -> Scalars:
-        beta_1, beta_2 = step.number(self.beta_1), step.number(self.beta_2)
-        alpha = self._rate(step) / (1 - step.power(beta_1, step.t))
-        return Scalars(alpha, beta_1, beta_2, 1 - beta_1, step.exact(self.epsilon))
+        return derive(step, self._rate(step), self.beta_1, self.beta_2, self.epsilon)
 
     def get_config(self) -> dict[str, Any]:
         return self._config(beta_1=self._value("beta_1"), beta_2=self._value("beta_2"), epsilon=self.epsilon)

@@ -85,6 +85,21 @@ def vector_power_shrunk(p, g, slots, s):
     return _rebuild(slots[1] + (g + p * s.two_l2_shrinkage) - pull, n, root, s)
 
 
+class Strengths(NamedTuple):
+    """Of regularization; numbers or 0-d tensors."""
+
+    l1: Any
+    l2: Any
+    l2_shrinkage: Any
+    beta: Any
+
+
+def derive(step: Step, rate: Any, power: Any, strengths: Strengths) -> Scalars:
+    """A step's scalars. rate: its learning rate, in the step's dtype."""
+    l2 = step.number(strengths.l2) + step.number(strengths.beta) / (2 * rate)
+    return Scalars(rate, -step.number(power), step.number(strengths.l1), 2 * l2, 2 * step.number(strengths.l2_shrinkage))
+
+
 class Ftrl(Optimizer):
     """Follow the regularized leader: the variable is rebuilt in every step from the linear slot.
 
@@ -161,10 +176,9 @@ class Ftrl(Optimizer):
         return self._choose(vector, vector_shrunk, vector_power, vector_power_shrunk) if rank == 1 else self.rule()
 
     def scalars(self, step: Step) -> Scalars:
-        rate = self._rate(step)
-        l2 = step.number(self.l2_regularization_strength) + step.number(self.beta) / (2 * rate)
-        l1, shrinkage = step.number(self.l1_regularization_strength), step.number(self._l2_shrinkage_regularization_strength)
-        return Scalars(rate, -step.number(self.learning_rate_power), l1, 2 * l2, 2 * shrinkage)
+        l1, l2 = self.l1_regularization_strength, self.l2_regularization_strength
+        strengths = Strengths(l1, l2, self._l2_shrinkage_regularization_strength, self.beta)
+        return derive(step, self._rate(step), self.learning_rate_power, strengths)
 
     def get_config(self) -> dict[str, Any]:
         return self._config(

@@ -25,6 +25,12 @@ def lion(p, g, slots, s):
     return p - direction * s.learning_rate, (m * s.beta_2 + g * s.one_minus_beta_2,)
 
 
+def derive(step: Step, rate: Any, beta_1: Any, beta_2: Any) -> Scalars:
+    """A step's scalars. rate: its learning rate, in the step's dtype."""
+    beta_1, beta_2 = step.number(beta_1), step.number(beta_2)
+    return Scalars(rate, beta_1, beta_2, 1 - beta_1, 1 - beta_2)
+
+
 class Lion(Optimizer):
     """Steps of one size in the sign of a momentum: `w -= lr * sign(beta_1 * m + (1 - beta_1) * g)`, old m.
 
@@ -59,8 +65,7 @@ class Lion(Optimizer):
         return lion
 
     def scalars(self, step: Step) -> Scalars:
-        beta_1, beta_2 = step.number(self.beta_1), step.number(self.beta_2)
-        return Scalars(self._rate(step), beta_1, beta_2, 1 - beta_1, 1 - beta_2)
+        return derive(step, self._rate(step), self.beta_1, self.beta_2)
 
     def get_config(self) -> dict[str, Any]:
         return self._config(beta_1=self._value("beta_1"), beta_2=self._value("beta_2"))

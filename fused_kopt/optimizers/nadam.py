@@ -36,6 +36,39 @@ def nadam(p, g, slots, s):
     return p - op.div(mean * s.learning_rate, op.sqrt(op.div(v, s.one_minus_beta_2_power)) + s.epsilon), (m, v)
 
 
+class Momenta(NamedTuple):
+    """The momenta mu of a step and of the next, and the product of all so far, in the step's dtype."""
+
+    now: Any
+    following: Any
+    cache: Any
+
+
+def momenta(step: Step, beta_1: Any, decay: float, cache: Any) -> Momenta:
+    """A step's momenta. cache: the product before it, in the step's dtype."""
+    beta_1, base, decay = step.number(beta_1), step.number(0.96), step.exact(decay)
+    now, following = (beta_1 * (1 - step.exact(0.5) * step.power(base, decay * (step.t + i))) for i in (0, 1))
+    return Momenta(now, following, cache * now)
+
+
+def derive(step: Step, rate: Any, betas: tuple[Any, Any], epsilon: float, momenta: Momenta) -> Scalars:
+    """A step's scalars. rate: its learning rate, in the step's dtype."""
+    beta_1, beta_2 = map(step.number, betas)
+    return Scalars(
+        learning_rate=rate,
+        beta_1=beta_1,
+        beta_2=beta_2,
+        one_minus_beta_1=1 - beta_1,
+        one_minus_beta_2=1 - beta_2,
+        one_minus_momentum=1 - momenta.now,
+        next_momentum=momenta.following,
+        one_minus_cache=1 - momenta.cache,
+        one_minus_next_cache=1 - momenta.cache * momenta.following,
+        one_minus_beta_2_power=1 - step.power(beta_2, step.t),
+        epsilon=step.exact(epsilon),
+    )
+
+
 class Nadam(Optimizer):
     """Adam with Nesterov momentum and a momentum schedule `mu_t = beta_1 * (1 - 0.5 * 0.96^(schedule_decay * t))`.
 
@@ -57,6 +90,7 @@ class Nadam(Optimizer):
     """
 
     sparse_rows = "state"
+    carries = True
     beta_1 = Hyperparameter(0.0, 1.0)
     beta_2 = Hyperparameter(0.0, 1.0)
 
@@ -100,32 +134,13 @@ class Nadam(Optimizer):
         self._cache = torch.ones((), dtype=layout.compute_dtype(variables[0].dtype), device="cpu")
         return [self._cache]
 
-    def _caches(self, step: Step, beta_1: Any) -> tuple[Any, Any, Any]:
-        """The momenta of this step and the next, and the cache after this step, in the step's dtype."""
-        base = step.number(0.96)
-        decay = step.exact(self._initial_decay)
-        now, following = (beta_1 * (1 - step.exact(0.5) * step.power(base, decay * (step.t + i))) for i in (0, 1))
-        return now, following, step.number(1.0 if self._cache is None else self._cache) * now
-
     def scalars(self, step: Step) -> Scalars:
         rate = self.learning_rate
         _refuse_schedule(rate)
-        beta_1, beta_2 = step.number(self.beta_1), step.number(self.beta_2)
-        momentum, following, cache = self._caches(step, beta_1)
-        step.cache = cache
-        return Scalars(
-            learning_rate=step.learning_rate(rate, 0.0),
-            beta_1=beta_1,
-            beta_2=beta_2,
-            one_minus_beta_1=1 - beta_1,
-            one_minus_beta_2=1 - beta_2,
-            one_minus_momentum=1 - momentum,
-            next_momentum=following,
-            one_minus_cache=1 - cache,
-            one_minus_next_cache=1 - cache * following,
-            one_minus_beta_2_power=1 - step.power(beta_2, step.t),
-            epsilon=step.exact(self.epsilon),
-        )
+        beta_1 = self.beta_1
+        found = momenta(step, beta_1, self._initial_decay, step.number(1.0 if self._cache is None else self._cache))
+        step.cache = found.cache
+        return derive(step, step.learning_rate(rate, 0.0), (beta_1, self.beta_2), self.epsilon, found)
 
     def _commit(self, steps: Mapping[torch.dtype, Step]) -> None:
         if self._cache is not None and self._cache.dtype in steps:

@@ -73,6 +73,12 @@ def sparse_centered_with_momentum(p, g, slots, s):
     return p - velocity, (rms, velocity, mean)
 
 
+def derive(step: Step, rate: Any, rho: Any, momentum: Any, epsilon: float) -> Scalars:
+    """A step's scalars. rate: its learning rate, in the step's dtype."""
+    rho = step.number(rho)
+    return Scalars(rate, rho, 1 - rho, step.number(momentum), step.exact(epsilon), step.exact(1.0))
+
+
 class RMSprop(Optimizer):
     """Divides the gradient by a running root mean square: `rms = rho * rms + (1 - rho) * g^2`.
 
@@ -133,8 +139,7 @@ class RMSprop(Optimizer):
         return sparse_centered_with_momentum if self.centered else sparse_with_momentum
 
     def scalars(self, step: Step) -> Scalars:
-        rho = step.number(self.rho)
-        return Scalars(self._rate(step), rho, 1 - rho, step.number(self.momentum), step.exact(self.epsilon), step.exact(1.0))
+        return derive(step, self._rate(step), self.rho, self.momentum, self.epsilon)
 
     def _compatible(self, weights: Sequence[Any]) -> Sequence[Any]:
         return without_iterations(weights, len(self.weights))

@@ -33,6 +33,11 @@ def nesterov(p, g, slots, s):
     return p + (velocity * s.momentum - g * s.learning_rate), (velocity,)
 
 
+def derive(step: Step, rate: Any, momentum: Any) -> Scalars:
+    """A step's scalars. rate: its learning rate, in the step's dtype."""
+    return Scalars(rate, step.number(momentum))
+
+
 class SGD(Optimizer):
     """Gradient descent: `w -= lr * g`; with momentum `v = momentum * v - lr * g; w += v`.
 
@@ -74,7 +79,7 @@ class SGD(Optimizer):
         return nesterov if self.nesterov else momentum
 
     def scalars(self, step: Step) -> Scalars:
-        return Scalars(self._rate(step), step.number(self.momentum))
+        return derive(step, self._rate(step), self.momentum)
 
     def get_config(self) -> dict[str, Any]:
         return self._config(momentum=self._value("momentum"), nesterov=self.nesterov)

@@ -1,0 +1,86 @@
+"""From state dicts, our own and torch.optim's, to states: every value checked before anything changes, no dtype damaged."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fused_kopt import layout
+from fused_kopt.torch_optim import arguments
+from fused_kopt.torch_optim.members import sharded
+
+Kinds = Mapping[str, tuple[torch.dtype, float]]
+
+
+class Kept:
+    """A parameter's state on its way through torch's load_state_dict, which would cast its tensors to the parameter's dtype."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+class Loader(Protocol):
+    """What loading needs of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    counters: Kinds
+    momentum_sign: int
+
+    def slots(self, group: Mapping[str, Any]) -> dict[str, float]: ...
+
+
+def kept(owner: Any, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict with ready states. Raises ValueError or TypeError for one that does not fit."""
+    cls, saved = type(owner).__name__, state_dict["param_groups"]
+    sizes = [[len(group["params"]) for group in groups] for groups in (saved, owner.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"The state_dict has groups of {sizes[0]} parameters, this {cls} of {sizes[1]}. They must be alike.")
+    places = {}
+    for index, (group, own) in enumerate(zip(saved, owner.param_groups, strict=True)):
+        arguments.refuse(cls, group)
+        for position, (key, param) in enumerate(zip(group["params"], own["params"], strict=True)):
+            places[key] = (param, {**own, **group}, arguments.name(own, index, position))
+    unknown = [key for key in state_dict["state"] if key not in places]
+    if unknown:
+        raise ValueError(f"The state_dict has states of parameters that are in none of its groups: {unknown[:5]}.")
+    states = {key: Kept(_state(owner, entry, *places[key])) for key, entry in state_dict["state"].items()}
+    return {**state_dict, "state": states}
+
+
+def _state(owner: Loader, entry: Mapping[str, Any], param: Tensor, group: Mapping[str, Any], what: str) -> dict[str, Any]:
+    cls, slots = type(owner).__name__, owner.slots(group)
+    found = {name: value for name, value in entry.items() if value is not None}
+    if "momentum_buffer" in found and owner.momentum_sign:  # torch.optim's has no learning rate in it, Keras's has
+        times = owner.momentum_sign * float(group["lr"])
+        found["momentum"] = (found.pop("momentum_buffer").double() * times).to(layout.compute_dtype(param.dtype))
+    strange = sorted(map(str, set(found) - set(slots) - set(owner.counters)))
+    missing = sorted(set(slots) - set(found) - {name for name, value in entry.items() if value is None})
+    if "momentum" in missing and "momentum_buffer" in entry:
+        missing.remove("momentum")
+    if found and (strange or missing):
+        raise ValueError(f"The state of {what} has {sorted(found)}; {cls} keeps {[*slots, *owner.counters]}. Is it another optimizer's?")
+    state = {name: _slot(value, param, name, what, owner) for name, value in found.items() if name in slots}
+    for name, (dtype, initial) in owner.counters.items():
+        state[name] = torch.tensor(float(found.get(name, initial)), dtype=dtype, device="cpu")
+    return state
+
+
+def _slot(value: Any, param: Tensor, name: str, what: str, owner: Loader) -> Tensor:
+    """A slot beside its parameter, in the compute dtype: the optimizer's own as it is, any other as a copy."""
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.shape != param.shape:
+        got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name!r} of {what} must be a floating tensor of its parameter's shape. Received: {got}.")
+    if isinstance(param, sharded()) != isinstance(value, sharded()):
+        raise TypeError(
+            f"{name!r} of {what} is {'no' if isinstance(param, sharded()) else 'a'} DTensor, unlike the parameter. "
+            "Load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
+        )
+    own: Tensor | None = owner.state.get(param, {}).get(name)
+    if own is value:
+        return own
+    slot: Tensor = torch.empty_like(param, dtype=layout.compute_dtype(param.dtype), requires_grad=False)
+    with torch.no_grad():
+        slot.copy_(value)
+    return slot

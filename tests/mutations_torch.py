@@ -1,0 +1,52 @@
+"""Mutations of fused_kopt.torch_optim."""
+
+from mutations import group
+
+STEPS, ERRORS = "test_torch_optim.py", "test_torch_optim_errors.py"
+STATE, HOSTS = "test_torch_optim_state.py", "test_torch_optim_hosts.py"
+FOLDER = "fused_kopt/torch_optim/"
+
+TORCH = (
+    *group(
+        STEPS,
+        FOLDER + "rows.py",
+        ("no group decays but the first", "rules", "for group in owner.param_groups)", "for group in owner.param_groups[:1])"),
+        ("all groups as the first", "of", "found[:1] if all(row == found[0] for row in found) else found", "found[:1]"),
+        ("one step count for all", "__init__", "all((column == column[0]).all() for column in columns)", "True"),
+    ),
+    *group(
+        STATE,
+        FOLDER + "loading.py",
+        ("slots in the parameter's dtype", "_slot", "layout.compute_dtype(param.dtype)", "param.dtype"),
+        ("momentum without the rate", "_state", "owner.momentum_sign * float(group", "owner.momentum_sign * bool(group"),
+    ),
+    *group(
+        STATE,
+        FOLDER + "members.py",
+        ("replaced counters unnoticed", "of", "return all(all(map", "return True or all(all(map"),
+    ),
+    *group(
+        STATE,
+        FOLDER + "optimizer.py",
+        ("the dummy step counts", "_members", "not self.state and self._dummy(grads)", "False"),
+        ("a warm-up from 0 does not count", "_dummy", "return still and not any", "return still or not any"),
+    ),
+    *group(
+        HOSTS,
+        FOLDER + "optimizer.py",
+        ("infinite steps taken", "_unscaling", "None if infinite else 1.0 / scale", "1.0 / scale"),
+        ("gradients stay scaled", "_unscaling", "1.0 / scale", "1.0"),
+    ),
+    *group(
+        ERRORS,
+        FOLDER + "optimizer.py",
+        ("states before the check", "_make_states", "if lacking:\n", "if not lacking:\n"),
+        ("one part before the next is looked at", "_job", "numbers, launch)", "numbers, launch() or (lambda: None))"),
+    ),
+    *group(
+        ERRORS,
+        FOLDER + "arguments.py",
+        ("two spellings accepted", "_refuse_twice", "other is not None and not isinstance(other, Default)", "False"),
+        ("settings of torch's ignored", "refuse", "values.get(name, idle) != idle", "False"),
+    ),
+)
