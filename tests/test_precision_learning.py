@@ -1,7 +1,8 @@
 """What precision policies are for: small steps are not lost, a split master loses nothing, 8 bits train as well as 32."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib import image
+from rich.console import Console
 from support import RULES, build
 from terminal import Run
 from torch import Tensor
@@ -17,6 +19,7 @@ import fused_kopt
 from fused_kopt import Precision, precision
 from fused_kopt.commands import experiment, tasks
 from fused_kopt.commands import precision as command
+from perf import precision as perf_precision
 
 BF16 = torch.bfloat16
 MASTERED = ("bf16_master", "bf16_split", "bf16_kahan", "bf16_8bit")
@@ -197,6 +200,36 @@ def test_the_language_task_is_real_text_and_causal() -> None:
     assert float(task.loss(model, weights, torch.arange(8))) == pytest.approx(math.log(103), rel=0.1)  # knows nothing yet
 
 
+def test_the_pages_tables_are_of_the_rows(tmp_path: Path) -> None:
+    made = command.Row(
+        "2026-01-02", "m", "3.11", "2.13", "0.1", "digits", "adam", 9, "float32", 0, 5, 16.0, 28.0, 16.0, 0.0, 0.01, 0.5, 0.9
+    )
+    command.append(tmp_path / "digits.csv", [replace(made, date="2025-01-01", loss=7.0)])
+    found = [
+        replace(made, policy=policy, seed=s, loss=x) for policy, s, x in (("float32", 0, 0.5), ("float32", 1, 0.7), ("bf16_8bit", 1, 0.8))
+    ]
+    command.append(tmp_path / "digits.csv", found)
+    built = perf_precision.build(tmp_path)
+    assert built["precision-language"] == "No rows yet."
+    assert "| float32 | 16 | 16 | 28 | +0.00 ± 0.00 | 1 ± 0 | 0.6000 ± 0.1414 |  | 90.0 ± 0.0 |" in built["precision-digits"]
+    assert "| bf16_8bit | 16 | 16 | 28 | +0.00 | 1 | 0.8000 | +0.1000 | 90.0 |" in built["precision-digits"]
+    assert "7.0" not in built["precision-digits"]
+    (tmp_path / "language.csv").write_text("a,b\n")
+    with pytest.raises(ValueError, match="other columns"):
+        perf_precision.build(tmp_path)
+
+
+def test_the_rows_that_are_kept_hold_the_claim() -> None:
+    """Five seeds on both tasks; `--slow` measures them anew."""
+    for task in tasks.TASKS:
+        kept = command.by_policy(perf_precision.read(perf_precision.FOLDER / f"{task}.csv"))
+        noise, losses = _noise({policy: [row.loss for row in rows] for policy, rows in kept.items()})
+        assert len(kept["float32"]) == 5
+        assert all(abs(losses[policy]) < noise for policy in ("bf16_master", "bf16_split", "bf16_kahan", "bf16_stochastic", "bf16_8bit"))
+        assert losses[experiment.CONTROL] > noise
+        assert all(kept[policy][0].rest_bytes == BYTES[policy][0] for policy in BYTES)
+
+
 REFUSED: dict[str, tuple[str, str]] = {
     "a suffix": ("precision --output a.jpg", "--output: must end in .png or .svg. Received: a.jpg."),
     "a policy": ("precision --policies bf16", "unknown: 'bf16'. Choose from float32,bf16_master"),
@@ -217,16 +250,19 @@ def test_refusals(case: str, run: Run) -> None:
 # losses over the seeds, their standard deviation: what another seed changes. The control's is not.
 
 
+def _noise(losses: dict[str, list[float]]) -> tuple[float, dict[str, float]]:
+    """The standard deviation of float32's losses, and each policy's mean difference from them."""
+    pairs = {policy: zip(mine, losses["float32"], strict=True) for policy, mine in losses.items()}
+    return stdev(losses["float32"]), {policy: fmean(a - b for a, b in both) for policy, both in pairs.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_eight_bits_train_as_well_as_float32(task: str) -> None:
     settings = command.Settings(task=task, policies=("float32", "bf16_8bit", experiment.CONTROL), seeds=5)
-    work = experiment.Experiment(tasks.TASKS[task](), settings.optimizer, settings.steps)
     losses: dict[str, list[float]] = {}
-    for seed in range(settings.seeds):
-        for found in work.run(settings.policies, seed):
-            losses.setdefault(found.policy, []).append(found.loss)
-    noise = stdev(losses["float32"])
-    mean: Callable[[str], float] = lambda policy: fmean(a - b for a, b in zip(losses[policy], losses["float32"], strict=True))  # noqa: E731
-    assert abs(mean("bf16_8bit")) < noise
-    assert mean(experiment.CONTROL) > noise
+    for found in command.measure(settings, Console(quiet=True)):
+        losses.setdefault(found.policy, []).append(found.loss)
+    noise, differences = _noise(losses)
+    assert abs(differences["bf16_8bit"]) < noise
+    assert differences[experiment.CONTROL] > noise

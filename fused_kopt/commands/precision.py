@@ -110,7 +110,7 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 def over_seeds(values: Sequence[float], form: str) -> str:
     """A mean, and the standard deviation where there are several."""
-    spread = f" ± {format(stdev(values), form)}" if len(values) > 1 else ""
+    spread = f" ± {format(stdev(values), form.lstrip('+'))}" if len(values) > 1 else ""
     return f"{format(fmean(values), form)}{spread}"
 
 
@@ -139,7 +139,7 @@ HEADINGS = (
     "bias, %\nof the way",
     "error, %\nof the way",
     "final\nloss",
-    "less\nfloat32's",
+    "minus\nfloat32's",
     "accuracy,\n%",
 )
 
