@@ -72,7 +72,7 @@ class Row:
 
 
 def row(run: Run, settings: Settings, date: str) -> Row:
-    """A run's numbers, four digits of what was measured."""
+    """A run's numbers, six digits of what was measured."""
     rest, moved = experiment.per_element(run.memory)
     return Row(
         date=date,
@@ -97,7 +97,7 @@ def row(run: Run, settings: Settings, date: str) -> Row:
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
+    return float(f"{value:.6g}")
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
