@@ -6,6 +6,7 @@ Modules to import by themselves: `fused_kopt.torch_optim`, the optimizers as sub
 from fused_kopt import errors, mixed_precision, optimizers
 from fused_kopt.errors import FusedMismatchError, StaleVariableError, TornStepError
 from fused_kopt.execute import stats
+from fused_kopt.memory import estimate_memory
 from fused_kopt.optimizers import SGD, Adadelta, Adagrad, Adam, Adamax, Ftrl, Lion, Nadam, RMSprop
 from fused_kopt.precision import Precision
 from fused_kopt.tape import GradientTape
@@ -29,6 +30,7 @@ __all__ = [
     "StaleVariableError",
     "TornStepError",
     "errors",
+    "estimate_memory",
     "mixed_precision",
     "optimizers",
     "stats",

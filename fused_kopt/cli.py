@@ -13,7 +13,7 @@ from rich.console import Console
 import fused_kopt
 from fused_kopt.checkpoint import formats
 from fused_kopt.checkpoint.formats import Hints
-from fused_kopt.commands import convert, demo, doctor, explain, inspect, tune, variants, verify
+from fused_kopt.commands import convert, demo, doctor, experiment, explain, inspect, precision, tasks, tune, variants, verify
 from fused_kopt.commands.architectures import ARCHITECTURES
 from fused_kopt.commands.common import RefusedError
 from fused_kopt.commands.variants import DTYPES, OPTIMIZERS
@@ -22,6 +22,7 @@ from fused_kopt.execute import EXECUTORS
 _AS_IS = argparse.RawDescriptionHelpFormatter
 EXAMPLES = """examples:
   fused-kopt demo                                train with all eight optimizers, write the loss curves
+  fused-kopt precision --task digits             loss, weight error and bytes of every precision policy
   fused-kopt verify --optimizer adam --steps 20  compare Adam's kernels with the reference
   fused-kopt doctor                              what runs on this machine, what is wrong, how to mend it
   fused-kopt explain --optimizer adam            what Adam's kernels are made of
@@ -69,9 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     about = "Keras optimizers for PyTorch tensors, fused into one Triton launch."
     parser = argparse.ArgumentParser("fused-kopt", description=about, epilog=EXAMPLES, formatter_class=_AS_IS)
     parser.add_argument("--version", action="version", version=f"fused-kopt {fused_kopt.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,verify,doctor,explain,tune,inspect,convert}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,precision,verify,doctor,explain,tune,inspect,convert}")
     add = functools.partial(commands.add_parser, formatter_class=_AS_IS)
     _demo(add("demo", help="train a small network with all eight optimizers", description=demo.ABOUT))
+    _precision(add("precision", help="train under every precision policy, beside float64", description=precision.ABOUT))
     _verify(add("verify", help="compare every executor with the reference", description=verify.ABOUT))
     add("doctor", help="examine this install: versions, devices, executors", description=doctor.ABOUT)
     _explain(add("explain", help="compile kernels without a GPU and read their machine code", description=explain.ABOUT))
@@ -115,6 +117,17 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the initial weights and the batches (%(default)s)")
 
 
+def _precision(parser: argparse.ArgumentParser) -> None:
+    add, policies = parser.add_argument, tuple(experiment.POLICIES)
+    add("--task", choices=tasks.TASKS, default="digits", help="(%(default)s)")
+    add("--optimizer", type=str.lower, choices=experiment.OPTIMIZERS, default="adam", help="(%(default)s)", metavar="NAME")
+    add("--policies", type=_names(policies), default=policies, help=f"comma-separated, of {', '.join(policies)} (all)", metavar="NAMES")
+    add("--steps", type=_positive, default=precision.STEPS, help="of each run (%(default)s)")
+    add("--seeds", type=_positive, default=precision.SEEDS, help="runs of each policy (%(default)s)")
+    add("--output", type=Path, default=precision.PICTURE, help="the picture, .png or .svg (%(default)s)", metavar="FILE")
+    add("--rows", type=Path, help="a CSV file to add a line for each run to", metavar="FILE")
+
+
 def _verify(parser: argparse.ArgumentParser) -> None:
     add, devices = parser.add_argument, ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     add("--steps", type=_positive, default=3, help="steps per optimizer and dtype (%(default)s)")
@@ -156,6 +169,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         return doctor.doctor(console)
     if a.command == "verify":
         return verify.verify(a.steps, torch.device(a.device), a.optimizer, a.executor, console)
+    if a.command == "precision":
+        settings = precision.Settings(a.task, a.optimizer, a.policies, a.steps, a.seeds, a.output, a.rows)
+        return precision.main(settings, console)
     if a.command == "inspect":
         return inspect.inspect(a.file, Hints(optimizer=a.optimizer), console)
     if a.command == "convert":

@@ -1,16 +1,17 @@
 """What a step does and what it costs, worked out from shapes: nothing is launched, allocated or changed."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.filesize import decimal
 from torch import Tensor
 
-from fused_kopt import clipping, execute, layout
+from fused_kopt import clipping, execute, layout, planes, precision
 from fused_kopt.clipping import Clips, Pairs
 from fused_kopt.execute import Chosen, Executor
+from fused_kopt.planes import Kept, Plane
 
 # Launches that add up the squares of a group's gradients; the reference makes none.
 NORM_LAUNCHES = {"triton": 2, "compiled": 1, "reference": 0}
@@ -18,14 +19,19 @@ NORM_LAUNCHES = {"triton": 2, "compiled": 1, "reference": 0}
 
 @dataclass(frozen=True)
 class BucketDescription:
-    """The variables of one device and dtype."""
+    """The variables of one device, dtype and precision policy."""
 
     device: torch.device
+    """Variables without memory ("meta") count as being on torch's default device."""
     dtype: torch.dtype
-    """Of the variables; slots are float64 for float64, else float32."""
+    """Of the variables."""
+    precision: str
+    """The policy by which their state is stored: its name, or what it consists of."""
     variables: int
     elements: int
     slots: tuple[str, ...]
+    planes: tuple[Plane, ...]
+    """Where the slots, and a master if there is one, are kept."""
     executor: Chosen
     """What runs the rule. A kernel that fails its known-answer test at its first use is replaced by the reference, with a warning."""
     why: str
@@ -33,15 +39,20 @@ class BucketDescription:
     launches: int
     """Per step; 0 on the reference, which runs torch operations variable by variable. Those of norms are not among them."""
     bytes_moved: int
-    """What a step must read and write: variables and slots once in and once out, gradients once in, and copies (see `notes`)."""
-    bytes_at_rest: int
-    """What the slots take, padding included."""
+    """What a step must read and write: variables and planes once in and once out, gradients once in, and copies (see `notes`)."""
+
+    @property
+    def bytes_at_rest(self) -> int:
+        """What the planes take, padding included."""
+        return sum(plane.bytes for plane in self.planes)
 
     def __str__(self) -> str:
-        dtype, sizes = str(self.dtype).removeprefix("torch."), f"{_many(self.variables, 'variable')}, {_many(self.elements, 'element')}"
-        state = f"slots {', '.join(self.slots)} ({decimal(self.bytes_at_rest)})" if self.slots else "no slots"
+        kind = str(self.dtype).removeprefix("torch.") + ("" if self.precision == "float32" else f" under {self.precision}")
+        sizes = f"{_many(self.variables, 'variable')}, {_many(self.elements, 'element')}"
+        names = [*self.slots, *(plane.name for plane in self.planes if plane.name in precision.KEPT)]
+        state = f"slots {', '.join(names)} ({decimal(self.bytes_at_rest)})" if names else "no slots"
         step = f"{self.executor} ({self.why}): {_many(self.launches, 'launch')}, {decimal(self.bytes_moved)} moved"
-        return f"{self.device} {dtype}: {sizes}, {state}\n    {step}"
+        return f"{self.device} {kind}: {sizes}, {state}\n    {step}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ def _many(count: int, word: str) -> str:
 def describe(
     optimizer: str,
     pairs: Pairs,
-    slots: tuple[str, ...],
+    slots: tuple[str, ...] | Callable[[Tensor], Kept],
     executor: Executor,
     clips: Clips,
     alignment: int = layout.ALIGNMENT,
@@ -97,29 +108,32 @@ def describe(
     Args:
         optimizer: what to call it.
         pairs: what the step gets; gradients may be stand-ins of the right shape, dtype and layout.
-        slots: the names of a variable's slots.
+        slots: the names of a variable's slots, where these are in the compute dtype; else what `planes.owned` gives.
         executor: what was asked for.
         clips: what happens to gradients before the rule.
         alignment: elements that a variable's part of a flat buffer is rounded up to; 1 where slots are tensors of their own.
 
     Raises RuntimeError where an executor was asked for by name and is unavailable.
     """
+    how = planes.borrowed(slots) if isinstance(slots, tuple) else slots
     chosen = {device: _choose(executor, device, pairs) for device in dict.fromkeys(v.device for _, v in pairs)}
-    keys = list(dict.fromkeys((v.device, v.dtype) for _, v in pairs))
-    buckets = []
-    for device, dtype in keys:
-        mine = [(g, v) for g, v in pairs if (v.device, v.dtype) == (device, dtype)]
-        each = list({id(v): v for _, v in mine}.values())
-        padded = sum(-(-v.numel() // alignment) * alignment for v in each)
-        rest = padded * layout.compute_dtype(dtype).itemsize * len(slots)
-        moved = sum(_moved(g, v, len(slots)) for g, v in mine)
-        launches = 0 if chosen[device][0] == "reference" else _count(mine)
-        sizes = len(each), sum(v.numel() for v in each)
-        buckets.append(BucketDescription(device, dtype, *sizes, slots, *chosen[device], launches, moved, rest))
+    members = planes.members(pairs, how)
+    buckets = [_bucket(kept, mine, chosen[mine[0][1].device], alignment) for kept, mine in members]
     groups = clipping.groups(pairs) if clips.by_norm else []
     norm_bytes = sum(clipping.values(g).numel() * g.dtype.itemsize for g, _ in pairs) if clips.by_norm else 0
     norm_launches = sum(NORM_LAUNCHES[chosen[group.device][0]] for group in groups)
-    return Description(optimizer, tuple(buckets), norm_launches, norm_bytes, tuple(_notes(pairs, clips, buckets)))
+    return Description(
+        optimizer, tuple(buckets), norm_launches, norm_bytes, tuple(_notes(pairs, clips, buckets, [mine for _, mine in members]))
+    )
+
+
+def _bucket(how: Kept, pairs: Pairs, chosen: tuple[Chosen, str], alignment: int) -> BucketDescription:
+    each = planes.distinct(pairs)
+    kept = planes.of(how, each, alignment)
+    launches = 0 if chosen[0] == "reference" else _count(pairs)
+    moved = sum(_moved(g, v, kept) for g, v in pairs)
+    sizes = len(each), sum(v.numel() for v in each)
+    return BucketDescription(each[0].device, each[0].dtype, how.precision, *sizes, how.slots, kept, *chosen, launches, moved)
 
 
 def joined(parts: Sequence[Description]) -> Description:
@@ -137,6 +151,7 @@ def joined(parts: Sequence[Description]) -> Description:
 def _choose(executor: Executor, device: torch.device, pairs: Pairs) -> tuple[Chosen, str]:
     """The executor on a device, and why."""
     counts = [v.numel() for v in {id(v): v for _, v in pairs if v.device == device}.values()]
+    device = torch.get_default_device() if device.type == "meta" else device
     chosen = execute.choose(executor, device, sum(counts), len(counts))
     if executor != "auto":
         return chosen, "asked for"
@@ -165,40 +180,40 @@ def _count(pairs: Pairs) -> int:
     return len(dense) + sum(g.layout != torch.strided for g, _ in pairs)
 
 
-def _own(variable: Tensor) -> bool:
+def in_place(variable: Tensor) -> bool:
     """Whether a launch can work on the variable in its place."""
     return not variable.is_neg() and layout.same_layout(variable.shape, layout.dense_stride(variable), variable.stride())
 
 
-def _fits(gradient: Tensor, variable: Tensor) -> bool:
+def fits(gradient: Tensor, variable: Tensor) -> bool:
     """Whether a launch can read the gradient in its place."""
     return layout.same_layout(variable.shape, layout.dense_stride(variable), gradient.stride())
 
 
-def _moved(gradient: Tensor, variable: Tensor, slots: int) -> int:
+def _moved(gradient: Tensor, variable: Tensor, kept: Sequence[Plane]) -> int:
     """Bytes of one dense gradient's update; 0 for a sparse one."""
     if gradient.layout != torch.strided:
         return 0
-    own, state = variable.dtype.itemsize, layout.compute_dtype(variable.dtype).itemsize
-    copies = (0 if _own(variable) else 4 * own) + (0 if _fits(gradient, variable) else 2 * gradient.dtype.itemsize)
-    return variable.numel() * (2 * own + 2 * slots * state + gradient.dtype.itemsize + copies)
+    own = variable.dtype.itemsize
+    copies = (0 if in_place(variable) else 4 * own) + (0 if fits(gradient, variable) else 2 * gradient.dtype.itemsize)
+    return variable.numel() * (2 * own + gradient.dtype.itemsize + copies) + planes.moved(kept, variable.numel())
 
 
-def _notes(pairs: Pairs, clips: Clips, buckets: Sequence[BucketDescription]) -> Iterator[str]:
+def _notes(pairs: Pairs, clips: Clips, buckets: Sequence[BucketDescription], members: Sequence[Pairs]) -> Iterator[str]:
     if len(buckets) > 1:
-        yield f"devices and dtypes, a bucket for each: {len(buckets)}"
+        yield f"devices, dtypes and precision policies, a bucket for each: {len(buckets)}"
     for device, executor in {bucket.device: bucket.executor for bucket in buckets}.items():
         if executor == "reference":
             yield f"{device}: torch operations, variable by variable; they allocate and move more than is counted here"
     dense = [(g, v) for g, v in pairs if g.layout == torch.strided]
     if len(pairs) > len(dense):
         yield f"sparse gradients, a launch for each on gathered rows, whose bytes are not counted: {len(pairs) - len(dense)}"
-    if len({(v.device, v.dtype, g.dtype) for g, v in dense}) > len({(v.device, v.dtype) for _, v in dense}):
+    if any(len({g.dtype for g, _ in mine if g.layout == torch.strided}) > 1 for mine in members):
         yield "gradients of several dtypes in one bucket: a launch for each dtype"
     again = sum(number > 0 for number, _ in _occurrences(pairs))
     if again:
         yield f"gradients whose variable had one before in this step, in launches of their own: {again}"
-    strided, foreign = sum(not _own(v) for _, v in dense), sum(not _fits(g, v) for g, v in dense)
+    strided, foreign = sum(not in_place(v) for _, v in dense), sum(not fits(g, v) for g, v in dense)
     if strided:
         yield f"variables with gaps between their elements, copied and written back: {strided}"
     if foreign:

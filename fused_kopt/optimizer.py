@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_kopt import description, execute, gradients, slots, tape, updates, verification
+from fused_kopt import description, execute, gradients, planes, tape, updates, verification
 from fused_kopt.description import Description
 from fused_kopt.engine import Engine
 from fused_kopt.execute import Executor
@@ -183,8 +183,9 @@ class Optimizer(Engine):
                     raise ValueError("There is nothing to describe before the first step. Pass variables: describe(model.parameters()).")
             given = [(v.detach() if v.grad is None else v.grad, v) if isinstance(v, Tensor) else v for v in grads_and_vars]
             pairs = gradients.check([(g, v) for g, v in given if g is not None])
-            names = tuple(slot.name for slot in slots.flatten(self.slot_groups()))
-            return description.describe(self._name, pairs, names, self._executor, self._clipping())
+            self._check_precision(pairs)
+            kept = planes.owned(self._state, self.slot_groups())
+            return description.describe(self._name, pairs, kept, self._executor, self._clipping())
 
     @property
     def stats_every(self) -> int:

@@ -22,6 +22,7 @@ MASTERS: dict[str, tuple[Rule, str, torch.dtype]] = {
     "int8": (codecs.master_int8, "remainder", torch.int8),
     "kahan": (codecs.master_kahan, "compensation", torch.bfloat16),
 }
+KEPT = tuple(name for _, name, _ in MASTERS.values())  # what a master's planes are called
 WHOLE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of each 8-bit format: the codecs of any slot and of those that are never negative, the code of a group's largest element in each,
 # and what it stands for.
@@ -217,3 +218,8 @@ def get(given: "str | Precision | Mapping[str, Any]") -> Precision:
         raise TypeError(f"`precision` must be a name or a Precision. Received: {type(given).__name__}.")
     _among("precision", given, tuple(NAMED))
     return NAMED[given]
+
+
+def title(policy: Precision) -> str:
+    """A policy's name; what it consists of where it has none."""
+    return next((name for name, named in NAMED.items() if named == policy), repr(policy))

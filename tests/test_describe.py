@@ -77,9 +77,7 @@ def test_bytes_at_rest_are_those_of_the_buffers(optimizer: str) -> None:
 
 def test_a_variable_that_occurs_again_has_its_slots_once() -> None:
     once, again = (fused_kopt.Adam().describe(pairs).buckets[0] for pairs in (dense(), twice()))
-    assert (
-        (again.variables, again.elements, again.bytes_at_rest) == (once.variables, once.elements, once.bytes_at_rest) == (2, 22, 1024)
-    )  # a variable takes at least 64 elements
+    assert (again.variables, again.elements, again.bytes_at_rest) == (once.variables, once.elements, once.bytes_at_rest) == (2, 22, 1024)
     assert again.bytes_moved == once.bytes_moved + 2 * 15 * 28
 
 
@@ -117,7 +115,7 @@ def test_a_missing_compiler_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("case", "note"),
     [
-        (two_dtypes, "devices and dtypes, a bucket for each: 2"),
+        (two_dtypes, "devices, dtypes and precision policies, a bucket for each: 2"),
         (two_gradient_dtypes, "several dtypes"),
         (sparse, "sparse gradients, a launch for each on gathered rows, whose bytes are not counted: 2"),
         (twice, "launches of their own: 2"),
