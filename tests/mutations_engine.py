@@ -118,7 +118,6 @@ ENGINE = (
     *group(
         "test_apply.py test_weights.py test_reliability_b2.py test_reliability_c.py test_reliability_c2.py test_tape.py " + EXECUTION,
         "fused_kopt/engine.py",
-        ("iterations before the step", "_scalars", "steps_taken()", "steps_taken() + 1"),
         ("autograd not told", "_finish", "torch.autograd.graph.increment_version(variables)", "pass"),
         ("torn steps forgotten", "_apply", "self._torn = True", "self._torn = False"),
         ("steps inside steps", "_one_step", "if self._stepping:", "if False:"),

@@ -14,7 +14,7 @@ SCALE = (
         ("floor for finite steps too", "update", "doubled, self.scale)", "doubled, self.scale.clamp(min=1))"),
         ("counter never reset by growth", "update", "(finite & ~full)", "finite"),
         ("skips not counted", "update", "self.skipped.add_(~finite)", "pass"),
-        ("infinity is finite", "check", "total - total", "total * 0"),
+        ("infinity is finite", "check", "total - total", "torch.where(total.isnan(), total, 0.0)"),
         ("a skipped step measured", "spoil", ".add_(self._rest)", ""),
         ("the scale stays at home", "unscaled", "self.unscale, None", "self.unscale, self.unscale"),
     ),
@@ -46,6 +46,7 @@ SCALE = (
         ("a guard left behind", "_guarded", "self._inner._guard = None", "pass"),
         ("copies cannot be wrapped", "__setstate__", 'self._adopt(values["_inner"]', 'self._adopt(self.__dict__["_inner"]'),
     ),
+    *group("test_apply.py", "fused_kopt/declared.py", ("iterations before the step", "_scalars", "steps_taken()", "steps_taken() + 1")),
     *group(
         "test_loss_scale_checkpoint.py",
         "fused_kopt/checkpoint/scaling.py",

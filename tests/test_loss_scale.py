@@ -215,6 +215,7 @@ def test_transformers_see_unscaled_gradients_and_hide_nothing() -> None:
     optimizer.apply_scaled_gradients([(torch.tensor([1.0, 2.0]) * 2**15, variable)])
     assert torch.equal(seen[0], torch.tensor([1.0, 2.0]))
     moved = variable.clone()
+    assert torch.equal(moved, torch.ones(2) - 0.01 * torch.tensor([1.0, 2.0]))
     optimizer.apply_scaled_gradients([(torch.tensor([1.0, math.inf]), variable)])
     assert torch.equal(variable, moved)
     assert scale_of(optimizer) == (2.0**14, 0, 2)

@@ -13,6 +13,7 @@ CASES: list[tuple[str, dict, dict, str]] = [
     ("Nadam", {}, {"initial_scale": 1024, "dynamic_growth_steps": 2}, ".i...ni..i.."),
     ("Adam", {}, {"initial_scale": 3.3, "dynamic_growth_steps": 2}, "....iii....n.."),
     ("Ftrl", {"l1_regularization_strength": 0.01}, {"initial_scale": 0.5, "dynamic_growth_steps": 1}, "i.i..nn..."),
+    ("SGD", {}, {"initial_scale": 0.25, "dynamic_growth_steps": 3}, ".....i."),
     ("RMSprop", {"momentum": 0.9, "centered": True, "epsilon": 0.001}, {"dynamic_growth_steps": 0}, "..i..e.n."),
     ("Adagrad", {}, {"dynamic_growth_steps": 3}, ".e.e.i.ee..."),
     ("Adadelta", {"learning_rate": 1.0}, {}, "..ii.."),
