@@ -187,7 +187,7 @@ def fit(optimizer: Any, callback: Any, epochs: int = 2) -> None:
     model.fit(x, x[:, :1], batch_size=8, epochs=epochs, verbose=0, shuffle=False, callbacks=[callback])
 
 
-@pytest.mark.parametrize(("every", "expected"), [("epoch", [6, 12]), (4, [4, 8, 12]), (3, [2, 6, 8, 12])])
+@pytest.mark.parametrize(("every", "expected"), [("epoch", [6, 12]), (4, [4, 8, 12]), (1, [2, 4, 6, 8, 10, 12])])
 def test_keras_logger(every: Any, expected: list[int], tmp_path: Path) -> None:
     """Six batches an epoch, measured every second one."""
     optimizer, writer = fused_kopt.keras.Adam(0.1), Scalars(tmp_path / "board")
@@ -212,7 +212,8 @@ def test_keras_logger_refuses(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"needs an optimizer of fused_kopt.keras, or fuse\(optimizer\). Received: Adam."):
         fit(keras.optimizers.Adam(), fused_kopt.keras.StatsLogger(file))
     with pytest.raises(RuntimeError, match="stats_every=1"):
-        fit(fused_kopt.keras.Adam(), fused_kopt.keras.StatsLogger(file))
+        fit(unmeasured := fused_kopt.keras.Adam(), fused_kopt.keras.StatsLogger(file))
+    assert int(unmeasured.iterations.value) == 0  # before the first step
     assert not file.exists()
 
 

@@ -96,6 +96,21 @@ def test_what_a_16_bit_variable_rounds_away_is_no_step(executor: Chosen) -> None
     assert found.sums.tolist() == [5000 * 0.25, 0.0, 5000 * 65536.0]
 
 
+def drift(p, g, slots, s):  # type: ignore[no-untyped-def]
+    """Moves zeros, too."""
+    return p + s.learning_rate, ()
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_what_lies_beyond_a_variable_does_not_count(executor: Chosen) -> None:
+    bucket, variables = Bucket(torch.device("cpu"), torch.float32), [torch.zeros(5), torch.zeros(8195)]
+    bucket.adopt(*bucket.grown(variables, []))
+    gradients: list[Tensor | None] = [torch.ones_like(v) for v in variables]
+    found = measured(Update(bucket, list(variables), gradients, (), drift, variants.RULES["sgd"].scalars(0.5, 0.0)), executor)
+    assert found.sums is not None
+    assert found.sums.tolist() == [8200.0, 2050.0, 2050.0]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_a_gradient_that_is_not_finite_shows(executor: Chosen, bad: float) -> None:
