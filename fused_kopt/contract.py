@@ -169,7 +169,7 @@ class Contract(ABC):
     @property
     def precision(self) -> Precision:
         """How state is stored where `set_precision` said nothing else."""
-        return self._state.policy
+        return self._state.policy  # type: ignore[return-value]
 
     # State.
 

@@ -78,7 +78,7 @@ class Engine(Declared):
         """The pairs without the loss scale, once the guard has seen them: what transformers get."""
         assert self._guard is not None
         pairs = gradients.check(gradients.present(given))
-        unscale = Clips(1.0, None, None, None, self._guard.unscale)
+        unscale = Clips(1.0, None, None, None, unscale=self._guard.unscale)
         clipping.rows(pairs, unscale, self._executors(v for _, v in pairs), self._executor, self._guard)
         return [(g, v) for g, (_, v) in zip(self._guard.unscaled([g for g, _ in pairs]), pairs, strict=True)]
 
@@ -209,7 +209,7 @@ class Engine(Declared):
 
     def _clipping(self) -> Clips:
         unscale = None if self._guard is None else self._guard.unscale
-        return Clips(self.grad_scale, self.clipvalue, self.clipnorm, self.global_clipnorm, unscale)
+        return Clips(self.grad_scale, self.clipvalue, self.clipnorm, self.global_clipnorm, unscale=unscale)
 
     def _rounds(self, prepared: Prepared, sums: Sums | None = None) -> Iterator[list[Launch]]:
         for entries in updates.rounds(prepared.entries, self._state):

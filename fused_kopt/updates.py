@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fused_kopt import clipping, execute, gradients, layout, prepare, tensors
+from fused_kopt import clipping, execute, gradients, layout, prepare, reference, tensors
 from fused_kopt.buffers import Bucket
 from fused_kopt.execute import Chosen, Rule, Update
 from fused_kopt.layout import clone
@@ -69,13 +69,13 @@ class SparseEntry:
     """Whether all rows of the variable move."""
 
     def measure(self) -> Callable[[], Tensor]:
-        """To be called before the launch: a function that gives the sums of squares (`execute.squares`) after it."""
+        """To be called before the launch: a function that gives the sums of squares (`reference.squares`) after it."""
         gradient, variable, factors = clipping.values(self.entry.gradient), self.entry.variable, self.entry.factors
         if factors is not None:
             gradient = prepare.scale(gradient.to(factors.dtype), factors)
         rows = slice(None) if self.all_rows else torch.unique(self.entry.gradient._indices()[0])
         before = variable[rows].clone()
-        return lambda: execute.squares(gradient, before, variable[rows])
+        return lambda: reference.squares(gradient, before, variable[rows])
 
 
 def rounds(entries: Sequence[Entry], state: State) -> Iterator[list[Entry]]:

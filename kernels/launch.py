@@ -23,7 +23,6 @@ from fused_kopt.kernels.update import update_bucket
 INTERPRETER_BLOCK = 65_536
 # 256 threads of 4 elements, 2 in float64: one 128-bit access per float32 or float64 tensor and thread, and few enough
 # registers (72) for three programs, 24 warps, to share a multiprocessor. More elements in flight shuffle layouts where widths mix.
-# With slots of one byte, 8 elements are 64 bits, and what shares their tile is narrow too.
 THREADS, BLOCK, WIDE_BLOCK = 256, 1024, 512
 
 TRITON_DTYPE = {
@@ -51,11 +50,17 @@ def interprets(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def block_size(variable: torch.dtype, planes: Sequence[tuple[torch.dtype, int]] = ()) -> int:
-    """Elements per program in a compiled kernel. planes: of each slot its dtype, and how many elements share a value."""
-    if variable == torch.float64:
-        return WIDE_BLOCK
-    return 2 * BLOCK if any(dtype.itemsize == 1 for dtype, _ in planes) else BLOCK
+def block_size(variable: torch.dtype) -> int:
+    """Elements per program in a compiled kernel."""
+    return WIDE_BLOCK if variable == torch.float64 else BLOCK
+
+
+def default(variable: torch.dtype, warp: int, planes: Sequence[tuple[torch.dtype, int]] = ()) -> Config:
+    """The configuration of a launch that was not tuned. warp: threads per warp; planes: of each slot its dtype, and how many
+    elements share a value. 8 elements per thread make 64 bits of one byte each: half as many threads take a block then, because
+    twice as large a block takes 128 registers where this takes 82 (sm_90, Adam with an int8 remainder)."""
+    narrow = any(dtype.itemsize == 1 for dtype, _ in planes)
+    return Config(block_size(variable), THREADS // warp // (2 if narrow else 1))
 
 
 def _interpreter_block(segments: Any) -> int:
@@ -143,7 +148,7 @@ def configuration(
     """Block size and warps of a compiled kernel: what `fused-kopt tune` stored for this device, or the defaults."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     tuned = tuning.lookup(tuning.kernel_hash(update_bucket, rules.compiled(rule)), name, dtypes) if name else None
-    return tuned or Config(block_size(dtypes[0], planes), THREADS // driver.active.get_current_target().warp_size)
+    return tuned or default(dtypes[0], driver.active.get_current_target().warp_size, planes)
 
 
 def stored(kinds: Sequence[tuple[torch.dtype, int]]) -> tuple[tuple[Any, ...], tuple[int, ...], bool]:

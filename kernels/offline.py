@@ -20,6 +20,7 @@ from fused_kopt.kernels.update import update_bucket
 NVIDIA = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 TARGETS = {**{name: GPUTarget("cuda", arch, 32) for name, arch in NVIDIA.items()}, "gfx942": GPUTarget("hip", "gfx942", 64)}
 TRITON_NAME = {torch.float32: "fp32", torch.float64: "fp64"}
+default = launch.default
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -32,9 +33,9 @@ class Spec(NamedTuple):
     slots: int
     variable: torch.dtype
     gradient: torch.dtype
+    measured: Callable[..., Any] | None = None
     planes: tuple[tuple[torch.dtype, int], ...] = ()
     """Of each slot its dtype, and how many elements share a value. Empty: the compute dtype, 1."""
-    measured: Callable[..., Any] | None = None
 
     @property
     def compute(self) -> torch.dtype:
@@ -76,11 +77,6 @@ class Code(NamedTuple):
     shared: int  # bytes per program
 
 
-def default(variable: torch.dtype, warp: int, planes: tuple[tuple[torch.dtype, int], ...] = ()) -> Config:
-    """The configuration of a launch that was not tuned. warp: threads per warp."""
-    return Config(launch.block_size(variable, planes), launch.THREADS // warp)
-
-
 def hash_of(rule: Callable[..., Any]) -> str:
     """The hash under which a rule's configuration is stored: of the kernel's text and of the rule's."""
     return kernel_hash(update_bucket, rules.compiled(rule))
@@ -101,7 +97,7 @@ def why_not(target: str | None = None) -> str | None:
 
 def build(spec: Spec, target: str, config: Config | None = None) -> Code:
     """Compile a kernel for a target, in its default configuration or another."""
-    block, warps = config or default(spec.variable, TARGETS[target].warp_size, spec.planes)
+    block, warps = config or launch.default(spec.variable, TARGETS[target].warp_size, spec.planes)
     constants = spec.constants(block) | ({} if spec.measured else {"sums": None})
     aligned = [["tt.divisibility", 16]]
     pointers: dict[Any, Any] = {(i,): aligned for i in range(3)}

@@ -5,7 +5,7 @@ from mutations import group
 COMPILED = (
     *group(
         "test_compiled.py -k 'half or rule or another_dtype'",
-        "kernels/cpp.py",
+        "kernels/cpp_text.py",
         ("C++ bfloat16 truncated", "", "(bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16", "bits >> 16"),
         ("C++ bfloat16 ties away from even", "", "0x7FFFu + ((bits >> 16) & 1u)", "0x8000u"),
         ("C++ bfloat16 NaN overflows", "", "x != x ? 0x7FC0u : rounded", "rounded"),
@@ -23,16 +23,20 @@ COMPILED = (
             "const int64_t n = count - at < @STAGE@ ? count - at : @STAGE@;",
             "const int64_t n = @STAGE@;",
         ),
-        ("C++ slots at the block's start", "update_source", "in(slot{k} + at, n);", "in(slot{k}, n);"),
     ),
     *group(
         "test_compiled.py test_replays.py test_reliability_b3.py",
-        "kernels/cpp.py",
+        "kernels/cpp_text.py",
         ("C++ tail as long as a block", "", "count = left < @BLOCK@ ? left : @BLOCK@;", "count = @BLOCK@;"),
         ("C++ blocks one short", "", "count = left < @BLOCK@ ? left : @BLOCK@;", "count = left < @BLOCK@ ? left : @BLOCK@ - 1;"),
         ("C++ 32-bit element numbers", "", "int64_t(@BLOCK@);", "int32_t(@BLOCK@);"),
         ("C++ rows of scalars unread", "", "scalars + stride * index", "scalars"),
         ("C++ factors of the first variable", "", "factors + 5 * index", "factors"),
+    ),
+    *group(
+        "test_compiled.py",
+        "kernels/cpp.py",
+        ("C++ slots at the block's start", "update_source", "in(slot{k} + at, n);", "in(slot{k}, n);"),
         ("C++ slots from the segment's start", "update_source", "(S*)row.slots[{k}] + start, ", "(S*)row.slots[{k}], "),
         ("C++ numbers in double", "", '"C": "double" if dtypes[0] == torch.float64 else "float"', '"C": "double"'),
     ),

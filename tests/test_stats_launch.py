@@ -195,7 +195,10 @@ def test_machine_code_of_other_dtypes(case: Case) -> None:
 def test_a_plain_kernel_knows_nothing_of_sums() -> None:
     """Without stats a kernel has no parameter and no statement more. `test_machine_code.py` counts its accesses."""
     rule = variants.RULES["momentum"]
-    sources = [cpp.update_source(rule.function, prepare.keep, rule.scalars, 1, (torch.float32,) * 3, what) for what in (None, prepare.keep)]
+    sources = [
+        cpp.update_source(rule.function, prepare.keep, rule.scalars, ((torch.float32, 1),), (torch.float32,) * 2, what)
+        for what in (None, prepare.keep)
+    ]
     assert ["sum" in source for source in sources] == [False, True]
     code = offline.compile_rule(rule.function, rule.scalars, rule.slots, "sm_90", (torch.float32, torch.float32), False)
     # two tables, factors, two scalars, and Triton's own two

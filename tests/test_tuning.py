@@ -147,7 +147,7 @@ def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert grid == (3,)
     assert (named["BLOCK"], named["num_warps"], named["enable_fp_fusion"]) == (2048, 16, False)
     assert (arguments[0].tolist()[0][2], arguments[1].tolist()) == (5000, [[0, 0], [0, 1], [0, 2]])
-    assert (arguments[0].shape, named["SLOTS"], named["SLOT"]) == ((1, 5), 2, triton.language.float32)
+    assert (arguments[0].shape, named["STORED"]) == ((1, 5), (triton.language.float32,) * 2)
 
 
 def test_too_many_elements(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
