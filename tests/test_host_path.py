@@ -75,7 +75,7 @@ def test_flattened(count: int, stub: Driver) -> None:
 
     step()
     assert median(step) < SLACK * (STEP + FLAT_PER_TENSOR * count)
-    assert set(stub.grids[1:]) == {(-(-16 * count // 1024), 1, 1)}  # whole blocks, not one for every variable
+    assert set(stub.grids[1:]) == {(-(-64 * count // 1024), 1, 1)}  # whole blocks, not one for every variable, which takes 64 elements
 
 
 def test_a_variable_that_never_has_a_gradient(caplog: pytest.LogCaptureFixture) -> None:
