@@ -157,7 +157,7 @@ class _Work:
         else:
             from fused_kopt.kernels import launch
 
-            block = launch.block_size(self.bucket.dtype, [(plane.dtype, plane.group) for plane in self.bucket.planes])
+            block = launch.block_size(self.bucket.dtype)
         return sum(-(-count // block) for count in self.counts)
 
     def tables(self) -> int:
