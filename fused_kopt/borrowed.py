@@ -22,6 +22,7 @@ from fused_kopt.updates import Entry, Launch, Recipe
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 NO_CLIPS = Clips(1.0, None, None, None)
+ORDER = "is laid out otherwise than its variable, by whose order in memory elements share scales"
 
 
 class Borrowed(NamedTuple):
@@ -33,7 +34,7 @@ class Borrowed(NamedTuple):
     """Dense, of the variables' shapes and devices; float16, bfloat16, float32 or float64."""
     slots: Sequence[Sequence[Tensor]]
     """For each slot of the rule, in its order, one tensor per variable: its shape and device, the compute dtype or 16 bits.
-    Under a precision policy for each of `Task.stored`: of its dtype; 1-D where elements share a value."""
+    Under a precision policy for each of `Task.planes` that is stored: of its dtype; 1-D where elements share a value."""
     names: Sequence[str] | None = None
     """What messages call the variables; by default their positions."""
     which: Any = None
@@ -66,10 +67,6 @@ class Task(NamedTuple):
         if self.policy == precision.DEFAULT:
             return tuple(Slot(f"slot {i}") for i in range(columns))
         return self.policy.planes(dtype, (self.slots,))
-
-    def stored(self, dtype: torch.dtype) -> tuple[Slot, ...]:
-        """The same without what is counted and not stored: a tensor for each, under a policy."""
-        return tuple(plane for plane in self.planes(dtype, 0) if plane.group)
 
     def around(self, dtype: torch.dtype) -> Rule:
         """The rule on what is stored."""
@@ -239,7 +236,7 @@ def _check_whole(variable: Tensor, slots: Sequence[Tensor], name: str) -> None:
 
 def _check_stored(variable: Tensor, slots: Sequence[Tensor], name: str, task: Task) -> None:
     task.policy.check(variable.dtype, task.slots, name)
-    stored = task.stored(variable.dtype)
+    stored = [plane for plane in task.planes(variable.dtype, len(slots)) if plane.group]
     if len(stored) != len(slots):
         raise ValueError(f"{name} has {len(slots)} slots, but {task.policy} stores {[plane.name for plane in stored]}.")
     for plane, slot in zip(stored, slots, strict=True):
@@ -248,3 +245,5 @@ def _check_stored(variable: Tensor, slots: Sequence[Tensor], name: str, task: Ta
             wanted = f"shape {plane.shape(variable)}, {dtype}, {variable.device}"
             raise ValueError(f"{plane.name!r} of {name} is of {tensors.describe(slot)}; under {task.policy} it must be of {wanted}.")
         tensors.check_storage(slot, f"{plane.name!r} of {name}", (dtype,))
+        if dtype == torch.uint8 and not layout.same_layout(slot.shape, layout.dense_stride(variable), slot.stride()):
+            raise ValueError(f"{plane.name!r} of {name} {ORDER}: strides {slot.stride()} beside {variable.stride()}.")

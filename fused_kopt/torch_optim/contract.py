@@ -116,7 +116,6 @@ class Contract(torch.optim.Optimizer):
         state = {name: value for name, value in state.items() if name not in arguments.OWN}
         states = {p: s.state if isinstance(s, loading.Kept) else s for p, s in state["state"].items()}
         super().__setstate__({**state, "state": defaultdict(dict, states)})
-        self.defaults.setdefault("precision", "float32")  # a pickle of 0.5 has none
         self.defaults.pop("differentiable", None)  # which torch adds here, so that groups would differ after loading
         for group in self.param_groups:
             for name, value in self.defaults.items():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_kopt import layout, precision
+from fused_kopt.borrowed import ORDER
 from fused_kopt.slots import Slot
 from fused_kopt.torch_optim import arguments, stored
 from fused_kopt.torch_optim.members import sharded
@@ -90,10 +91,14 @@ def _slot(value: Any, param: Tensor, plane: Slot, what: str, owner: Loader) -> T
             f"{name!r} of {what} is {'no' if isinstance(param, sharded()) else 'a'} DTensor, unlike the parameter. "
             "Load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
         )
-    own: Tensor | None = owner.state.get(param, {}).get(name)
-    if own is value:
+    if value.dtype == torch.uint8 and not layout.same_layout(value.shape, layout.dense_stride(param), value.stride()):
+        raise ValueError(
+            f"{name!r} of {what} {ORDER}: strides {value.stride()} beside {param.stride()}. Use the memory format that was saved."
+        )
+    if owner.state.get(param, {}).get(name) is value:
+        own: Tensor = value
         return own
-    slot = stored.new(plane, param)
+    slot: Tensor = stored.new(plane, param)
     with torch.no_grad():
         slot.copy_(value)
     return slot

@@ -171,6 +171,7 @@ class Optimizer(Contract):
             self._known, self._counters = [], None
         found = next((known for known in self._known if known.seen.same(seen)), None)
         if found is None:
+            stored.check_same(self, self._known[0].seen.rules if self._known else [], seen.rules)
             dummy = not self.state and self._dummy(grads)
             found = Members(seen, members.present(self._names(), seen.absent))
             self._make_states(found, grads)
@@ -193,7 +194,6 @@ class Optimizer(Contract):
         for param, group, what in zip(found.params, groups, found.names, strict=True):
             state, planes = self.state.get(param), known[id(group), param.dtype]
             stored.check(self, group, param, what)
-            stored.check_state(state or {}, planes, what)
             new = {name: plane for name, plane in planes.items() if state is None or name not in state}
             if new or state is None:
                 lacking.append((param, new))

@@ -1,6 +1,6 @@
 """How precision policies of parameter groups store a parameter's state: which tensors `state[p]` holds, and what they stand for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -54,14 +54,17 @@ def check(owner: Owner, group: Group, param: Tensor, what: str) -> None:
         )
 
 
-def check_state(state: Mapping[str, Any], known: Mapping[str, Slot], what: str) -> None:
-    """Raises ValueError for a state that another policy has left: its remainder would be stale, and so the parameter half."""
-    foreign = sorted(name for name in precision.KEPT if name in state and name not in known)
-    if foreign:
-        raise ValueError(
-            f"The state of {what} has {foreign}, which its group's precision does not keep. A policy cannot change after the first "
-            "step: build a new optimizer from get_master()."
-        )
+def check_same(owner: Any, before: Sequence[tuple[Any, Precision]], now: Sequence[tuple[Any, Precision]]) -> None:
+    """Raises ValueError for a group whose policy is another than a step before, where it has state: that would be read as what it is not.
+
+    before, now: by group, rule and policy.
+    """
+    for index, ((_, old), (_, chosen)) in enumerate(zip(before, now, strict=False)):
+        if old != chosen and any(param in owner.state for param in owner.param_groups[index]["params"]):
+            raise ValueError(
+                f"Group {index} has state under precision={precision.title(old)!r}; received: precision={precision.title(chosen)!r}. "
+                "A policy is fixed by the first step; build a new optimizer for another one."
+            )
 
 
 def new(plane: Slot, param: Tensor) -> Tensor:
