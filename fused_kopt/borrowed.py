@@ -160,11 +160,11 @@ class Borrower:
 def _buckets(pairs: Pairs, slots: Sequence[Sequence[Tensor]], policy: Precision) -> list[tuple[Bucket, list[int]]]:
     """The buckets of variables and borrowed slots, and which pairs are theirs."""
     found: dict[Any, list[int]] = {}
+    whole = slots and policy == precision.DEFAULT
     for position, (_, variable) in enumerate(pairs):
-        whole = slots and policy == precision.DEFAULT
         stored = slots[0][position].dtype if whole else layout.compute_dtype(variable.dtype)
-        found.setdefault((variable.device, variable.dtype, stored, policy), []).append(position)
-    return [(Bucket(*key), members) for key, members in found.items()]
+        found.setdefault((variable.device, variable.dtype, stored), []).append(position)
+    return [(Bucket(*key, policy), members) for key, members in found.items()]
 
 
 def _launch(bucket: Bucket, members: Sequence[int], entries: Sequence[Entry], given: Borrowed, task: Task) -> Launch:
@@ -209,12 +209,9 @@ def _check_slots(pairs: Pairs, slots: Sequence[Sequence[Tensor]], names: Sequenc
     for column in slots:
         if len(column) != len(pairs):
             raise ValueError(f"There are {len(column)} slots of a kind for {len(pairs)} variables; each variable needs one.")
+    check = _check_whole if task.policy == precision.DEFAULT else _check_stored
     for position, ((_, variable), name) in enumerate(zip(pairs, names, strict=True)):
-        mine = [column[position] for column in slots]
-        if task.policy == precision.DEFAULT:
-            _check_whole(variable, mine, name)
-        else:
-            _check_stored(variable, mine, name, task)
+        check(variable, [column[position] for column in slots], name, task)
     everything = [variable for _, variable in pairs] + [slot for column in slots for slot in column]
     overlap = tensors.first_overlap(everything)
     if overlap or len({id(tensor) for tensor in everything}) != len(everything):
@@ -222,7 +219,7 @@ def _check_slots(pairs: Pairs, slots: Sequence[Sequence[Tensor]], names: Sequenc
         raise ValueError(f"Variables or slots of {one} and {other} share memory: one would be updated through the other.")
 
 
-def _check_whole(variable: Tensor, slots: Sequence[Tensor], name: str) -> None:
+def _check_whole(variable: Tensor, slots: Sequence[Tensor], name: str, task: Task) -> None:
     wanted = (layout.compute_dtype(variable.dtype), torch.float16, torch.bfloat16)
     for slot in slots:
         tensors.check_storage(slot, f"a slot of {name}")

@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch_classes import CASES, build, give, keras, mlp, parameters, snapshot, steps
 
 import fused_kopt
-from fused_kopt import Precision, hf, precision, torch_optim
+from fused_kopt import Precision, checkpoint, hf, precision, torch_optim
+from fused_kopt.errors import CheckpointError
 from fused_kopt.torch_optim import stored
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -524,3 +525,17 @@ def test_clipping_and_statistics(policy: str) -> None:
         found.append((snapshot(optimizer, params), optimizer.last_stats()))
     assert_same(found[0][0], found[1][0])
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-12)
+
+
+@pytest.mark.parametrize("cls", ["Adam", "Adamax"])
+def test_conversion_to_keras_knows_float32_only(cls: str) -> None:
+    """Adamax is known by all its group's keys."""
+    for policy in ("float32", "bf16_split"):
+        params = parameters(BF16)
+        optimizer = getattr(torch_optim, cls)([(f"p{i}", p) for i, p in enumerate(params)], precision=policy)
+        steps(optimizer, params, [0])
+        if policy == "float32":
+            assert checkpoint.from_state_dict(optimizer.state_dict()).class_name == cls
+        else:
+            with pytest.raises(CheckpointError, match=r"has nothing like torch.optim's \{'precision': 'bf16_split'\}"):
+                checkpoint.from_state_dict(optimizer.state_dict())
