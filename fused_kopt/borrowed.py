@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_kopt import clipping, execute, gradients, layout, tensors, updates, verification
+from fused_kopt import clipping, execute, gradients, layout, precision, tensors, updates, verification
 from fused_kopt.buffers import Bucket
 from fused_kopt.clipping import Clips
 from fused_kopt.execute import Executor, Rule
-from fused_kopt.layout import Segment
+from fused_kopt.precision import Precision
 from fused_kopt.recording import Sums
 from fused_kopt.repeat import Scalars
 from fused_kopt.repeats import Repeats
@@ -22,6 +22,7 @@ from fused_kopt.updates import Entry, Launch, Recipe
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 NO_CLIPS = Clips(1.0, None, None, None)
+ORDER = "is laid out otherwise than its variable, by whose order in memory elements share scales"
 
 
 class Borrowed(NamedTuple):
@@ -32,11 +33,15 @@ class Borrowed(NamedTuple):
     gradients: Sequence[Tensor]
     """Dense, of the variables' shapes and devices; float16, bfloat16, float32 or float64."""
     slots: Sequence[Sequence[Tensor]]
-    """For each slot of the rule, in its order, one tensor per variable: its shape and device, the compute dtype or 16 bits."""
+    """For each slot of the rule, in its order, one tensor per variable: its shape and device, the compute dtype or 16 bits.
+    Under a precision policy for each of `Task.planes` that is stored: of its dtype; 1-D where elements share a value."""
     names: Sequence[str] | None = None
     """What messages call the variables; by default their positions."""
     which: Any = None
     """int array: which of the step's scalars each variable takes. None: the only one, or its own."""
+    positions: Sequence[int] | None = None
+    """Where each variable's elements begin among those that random bits are made for, multiples of 64. None: one variable after
+    another, in buckets. A Borrower that gets the same tensors again expects the same ones."""
 
 
 class Task(NamedTuple):
@@ -52,6 +57,20 @@ class Task(NamedTuple):
     """Whether executors owe each other equal bits."""
     sums: Sums | None = None
     """From `Recorder.start`, where the step is measured. Several tasks of a step may share it."""
+    policy: Precision = precision.DEFAULT
+    """How variables and slots are stored. Where it is random, the scalars are `policy.extended`."""
+    slots: tuple[Slot, ...] = ()
+    """The rule's, where there is such a policy."""
+
+    def planes(self, dtype: torch.dtype, columns: int) -> tuple[Slot, ...]:
+        """What a launch on variables of a dtype reads and writes besides them. columns: how many slots are given."""
+        if self.policy == precision.DEFAULT:
+            return tuple(Slot(f"slot {i}") for i in range(columns))
+        return self.policy.planes(dtype, (self.slots,))
+
+    def around(self, dtype: torch.dtype) -> Rule:
+        """The rule on what is stored."""
+        return self.policy.rule(dtype, self.slots, self.rule)
 
 
 def check(pairs: Pairs, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
@@ -93,7 +112,7 @@ class Borrower:
         """What takes the step: to be called once, before another is prepared. Raises what `step` raises; nothing is written before."""
         slots = list(itertools.chain.from_iterable(given.slots))
         repeat = self._repeats.match(given.gradients, given.variables, self.executor, slots)
-        if repeat is None or not repeat.applies(itertools.repeat(task.rule), task.clips, task.sums):
+        if repeat is None or not repeat.applies((task.around(u.bucket.dtype) for u in repeat.updates), task.clips, task.sums):
             launch = self._anew(task, given, slots)
         else:
             found = {
@@ -116,7 +135,7 @@ class Borrower:
     def _anew(self, task: Task, given: Borrowed, slots: list[Tensor]) -> Callable[[], None]:
         names = given.names or [gradients.name(variable, i) for i, variable in enumerate(given.variables)]
         pairs = check(list(zip(given.gradients, given.variables, strict=True)), names)
-        _check_slots(pairs, given.slots, names)
+        _check_slots(pairs, given.slots, names, task)
         executors = {}
         for device in dict.fromkeys(variable.device for _, variable in pairs):
             mine = [variable.numel() for _, variable in pairs if variable.device == device]
@@ -124,7 +143,7 @@ class Borrower:
         rows = clipping.rows(pairs, task.clips, executors, self.executor)
         entries = [Entry(g, v, row) for (g, v), row in zip(pairs, rows, strict=True)]
         with torch.no_grad():
-            launches = [_launch(bucket, members, entries, given, task) for bucket, members in _buckets(pairs, given.slots)]
+            launches = [_launch(bucket, members, entries, given, task) for bucket, members in _buckets(pairs, given.slots, task.policy)]
         for each in launches:
             each.update.sums = None if task.sums is None else task.sums.on(each.update.bucket.device)
         chosen = [verification.proven(launch.update, executors[launch.update.bucket.device], self.executor) for launch in launches]
@@ -138,38 +157,42 @@ class Borrower:
         return launch
 
 
-def _buckets(pairs: Pairs, slots: Sequence[Sequence[Tensor]]) -> list[tuple[Bucket, list[int]]]:
+def _buckets(pairs: Pairs, slots: Sequence[Sequence[Tensor]], policy: Precision) -> list[tuple[Bucket, list[int]]]:
     """The buckets of variables and borrowed slots, and which pairs are theirs."""
     found: dict[Any, list[int]] = {}
+    whole = slots and policy == precision.DEFAULT
     for position, (_, variable) in enumerate(pairs):
-        stored = slots[0][position].dtype if slots else layout.compute_dtype(variable.dtype)
+        stored = slots[0][position].dtype if whole else layout.compute_dtype(variable.dtype)
         found.setdefault((variable.device, variable.dtype, stored), []).append(position)
-    return [(Bucket(*key), members) for key, members in found.items()]
+    return [(Bucket(*key, policy), members) for key, members in found.items()]
 
 
 def _launch(bucket: Bucket, members: Sequence[int], entries: Sequence[Entry], given: Borrowed, task: Task) -> Launch:
     """One bucket's launch. A slot laid out otherwise than its variable is updated as a copy and written back."""
     variables = [entries[p].variable for p in members]
-    bucket.adopt(variables, layout.plan(variables), {})
-    slots = {f"slot {i}": [column[p].detach() for p in members] for i, column in enumerate(given.slots)}
-    own = [(name, i) for name, column in slots.items() for i, slot in enumerate(column) if _elsewhere(slot, bucket.segments[i])]
+    segments = layout.plan(variables)
+    if given.positions is not None:
+        segments = [segment._replace(offset=given.positions[p]) for segment, p in zip(segments, members, strict=True)]
+    bucket.adopt(variables, segments, {})
+    planes, rule = task.planes(bucket.dtype, len(given.slots)), task.around(bucket.dtype)
+    bucket.kinds |= {plane.name: (plane.stored or bucket.stored, plane.group) for plane in planes}
+    columns = zip((plane for plane in planes if plane.group), given.slots, strict=True)
+    slots = {plane.name: [column[p].detach() for p in members] for plane, column in columns}
     finish = []
-    for name, i in own:
-        copy = layout.clone(slots[name][i], bucket.segments[i].stride)
-        finish.append(updates.copier(slots[name][i], copy))
-        slots[name][i] = copy
+    for name, column in slots.items():
+        for i, (slot, segment) in enumerate(zip(column, segments, strict=True)):
+            stride = segment.stride if bucket.kind(name)[1] == 1 else (1,)
+            if slot.is_neg() or not layout.same_layout(slot.shape, stride, slot.stride()):
+                column[i] = layout.clone(slot, stride)
+                finish.append(updates.copier(slot, column[i]))
     bucket.borrow(slots)
     common, rows = _numbers(task.scalars(bucket.compute), given, members)
-    recipe = Recipe(tuple(map(Slot, slots)), task.rule, lambda _: task.rule, "touched", common, task.exact, {})
+    recipe = Recipe(planes, rule, lambda _: rule, "touched", common, task.exact, {})
     written = tensors.Written([*given.variables, *itertools.chain.from_iterable(given.slots)])
-    launch = updates.dense_launch(bucket, [entries[p] for p in members], recipe, task.rule, written)
+    launch = updates.dense_launch(bucket, [entries[p] for p in members], recipe, rule, written)
     launch.update.rows = rows
     launch.finish += finish
     return launch
-
-
-def _elsewhere(slot: Tensor, segment: Segment) -> bool:
-    return slot.is_neg() or not layout.same_layout(segment.shape, segment.stride, slot.stride())
 
 
 def _numbers(distinct: Sequence[Any], given: Borrowed, members: Any) -> Scalars:
@@ -181,22 +204,43 @@ def _numbers(distinct: Sequence[Any], given: Borrowed, members: Any) -> Scalars:
     return common, table[members if given.which is None else given.which[members]]
 
 
-def _check_slots(pairs: Pairs, slots: Sequence[Sequence[Tensor]], names: Sequence[str]) -> None:
+def _check_slots(pairs: Pairs, slots: Sequence[Sequence[Tensor]], names: Sequence[str], task: Task) -> None:
     """Raises TypeError or ValueError for gradients and slots that one launch cannot serve."""
     for column in slots:
         if len(column) != len(pairs):
             raise ValueError(f"There are {len(column)} slots of a kind for {len(pairs)} variables; each variable needs one.")
-        for (_, variable), slot, first, name in zip(pairs, column, slots[0], names, strict=True):
-            tensors.check_storage(slot, f"a slot of {name}")
-            wanted = (layout.compute_dtype(variable.dtype), torch.float16, torch.bfloat16)
-            if slot.shape != variable.shape or slot.device != variable.device:
-                raise ValueError(f"{name} ({tensors.describe(variable)}) has a slot of {tensors.describe(slot)}: both must be alike.")
-            if slot.dtype not in wanted or slot.dtype != first.dtype:
-                raise TypeError(
-                    f"{name} ({variable.dtype}) has a slot of {slot.dtype}, others of {first.dtype}. Use one of {wanted} for all."
-                )
+    check = _check_whole if task.policy == precision.DEFAULT else _check_stored
+    for position, ((_, variable), name) in enumerate(zip(pairs, names, strict=True)):
+        check(variable, [column[position] for column in slots], name, task)
     everything = [variable for _, variable in pairs] + [slot for column in slots for slot in column]
     overlap = tensors.first_overlap(everything)
     if overlap or len({id(tensor) for tensor in everything}) != len(everything):
         one, other = (names[i % len(pairs)] for i in overlap or (0, 0))
         raise ValueError(f"Variables or slots of {one} and {other} share memory: one would be updated through the other.")
+
+
+def _check_whole(variable: Tensor, slots: Sequence[Tensor], name: str, task: Task) -> None:
+    wanted = (layout.compute_dtype(variable.dtype), torch.float16, torch.bfloat16)
+    for slot in slots:
+        tensors.check_storage(slot, f"a slot of {name}")
+        if slot.shape != variable.shape or slot.device != variable.device:
+            raise ValueError(f"{name} ({tensors.describe(variable)}) has a slot of {tensors.describe(slot)}: both must be alike.")
+        if slot.dtype not in wanted or slot.dtype != slots[0].dtype:
+            raise TypeError(
+                f"{name} ({variable.dtype}) has a slot of {slot.dtype}, others of {slots[0].dtype}. Use one of {wanted} for all."
+            )
+
+
+def _check_stored(variable: Tensor, slots: Sequence[Tensor], name: str, task: Task) -> None:
+    task.policy.check(variable.dtype, task.slots, name)
+    stored = [plane for plane in task.planes(variable.dtype, len(slots)) if plane.group]
+    if len(stored) != len(slots):
+        raise ValueError(f"{name} has {len(slots)} slots, but {task.policy} stores {[plane.name for plane in stored]}.")
+    for plane, slot in zip(stored, slots, strict=True):
+        dtype = plane.stored or layout.compute_dtype(variable.dtype)
+        if slot.dtype != dtype or slot.shape != plane.shape(variable) or slot.device != variable.device:
+            wanted = f"shape {plane.shape(variable)}, {dtype}, {variable.device}"
+            raise ValueError(f"{plane.name!r} of {name} is of {tensors.describe(slot)}; under {task.policy} it must be of {wanted}.")
+        tensors.check_storage(slot, f"{plane.name!r} of {name}", (dtype,))
+        if dtype == torch.uint8 and not layout.same_layout(slot.shape, layout.dense_stride(variable), slot.stride()):
+            raise ValueError(f"{plane.name!r} of {name} {ORDER}: strides {slot.stride()} beside {variable.stride()}.")

@@ -143,7 +143,7 @@ def joined(parts: Sequence[Description]) -> Description:
     buckets = tuple(bucket for part in parts for bucket in part.buckets)
     notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
     if len(parts) > 1:
-        notes += (f"rules that differ between groups, launches for each: {len(parts)}",)
+        notes += (f"rules or precision policies that differ between groups, launches for each: {len(parts)}",)
     norms = sum(part.norm_launches for part in parts), sum(part.norm_bytes for part in parts)
     return Description(parts[0].optimizer, buckets, *norms, notes)
 

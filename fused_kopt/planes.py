@@ -76,11 +76,11 @@ def distinct(pairs: Pairs) -> list[Tensor]:
 
 def of(how: Kept, variables: Sequence[Tensor], alignment: int) -> tuple[Plane, ...]:
     """The flat buffers of a bucket. alignment: elements that a variable's part is rounded up to."""
-    padded = sum(-(-v.numel() // alignment) * alignment for v in variables)
+    padded = [-(-v.numel() // alignment) * alignment for v in variables]
     found = []
     for slot in (slot for slot in how.stored if slot.group):
         dtype = slot.stored or layout.compute_dtype(variables[0].dtype)
-        whole = padded // slot.group
+        whole = sum(-(-elements // slot.group) for elements in padded)
         used = sum(-(-v.numel() // slot.group) for v in variables)
         found.append(Plane(slot.name, dtype, slot.group, whole * dtype.itemsize, (whole - used) * dtype.itemsize))
     return tuple(found)

@@ -31,6 +31,8 @@ EIGHT: dict[str, tuple[tuple[Rule, Rule], tuple[int, int], float]] = {
     "float8_e5m2": ((codecs.float8_e5m2, codecs.float8_e5m2), (123, 123), 57344.0),
     "block8": ((codecs.block, codecs.block_positive), (127, 255), 1.0),
 }
+# A centered RMSprop's mean and mean square, as Keras and torch call them.
+CENTERED = (("mg", "rms"), ("grad_avg", "square_avg"))
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,19 @@ class Precision:
             return
         if dtype != torch.bfloat16 and (self.master != "none" or (dtype == torch.float64 and self.slots != "float32")):
             need = "a bfloat16 variable" if self.master != "none" else "float32 slots for float64 variables"
-            raise ValueError(f"{what} is {dtype}, but {self} needs {need}. Give it a policy of its own: set_precision([v], 'float32').")
+            raise ValueError(
+                f"{what} is {dtype}, but {self} needs {need}. Give it precision='float32': by set_precision([v], 'float32'), "
+                "or as a parameter group of its own."
+            )
         names = {slot.name for slot in slots}
         unknown = [] if isinstance(self.slots, str) else [name for name, _ in self.slots if name not in names]
         if unknown:
             raise ValueError(f"{self} names slots that this optimizer lacks: {unknown}. It has {sorted(names)}.")
         rough = [slot.name for slot in slots if self.format(slot) != "float32"]
-        if "mg" in names and {"mg", "rms"} & set(rough):
-            raise ValueError(
-                f"{self} stores {rough} in few bits; rms - mg^2 of a centered RMSprop would turn negative. Use float32 for both."
-            )
+        for mean, square in CENTERED:
+            if mean in names and {mean, square} & set(rough):
+                what = f"{square} - {mean}^2 of a centered RMSprop would turn negative"
+                raise ValueError(f"{self} stores {rough} in few bits; {what}. Use float32 for both.")
 
     @property
     def random(self) -> bool:

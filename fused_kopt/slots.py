@@ -22,6 +22,10 @@ class Slot(NamedTuple):
     group: int = 1
     """How many elements share one value."""
 
+    def shape(self, variable: Tensor) -> tuple[int, ...]:
+        """Of a variable's part: its own shape, or one value for each group of elements."""
+        return tuple(variable.shape) if self.group == 1 else (-(-variable.numel() // self.group),)
+
 
 # What a launch counts and does not store: where an element is among those of its bucket.
 POSITION = Slot("position", stored=torch.int32, group=0)

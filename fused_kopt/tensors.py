@@ -17,7 +17,7 @@ def describe(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
 
 
-def check_storage(tensor: Tensor, what: str) -> None:
+def check_storage(tensor: Tensor, what: str, dtypes: Sequence[torch.dtype] = FLOATING) -> None:
     """Raises TypeError, RuntimeError or ValueError unless the tensor is plain strided memory that holds all its elements."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise RuntimeError(f"{what} belongs to a torch.func transform, in which gradients cannot be aggregated or applied in place.")
@@ -25,7 +25,7 @@ def check_storage(tensor: Tensor, what: str) -> None:
         raise TypeError(f"{what} is a {type(tensor).__name__} on {tensor.device}, which has no storage of its own. Pass a local tensor.")
     if tensor.layout != torch.strided:
         raise TypeError(f"{what} has layout {tensor.layout}; variables must be strided, gradients strided or sparse COO.")
-    if tensor.dtype not in FLOATING:
+    if tensor.dtype not in dtypes:
         allowed = "float16, bfloat16, float32 or float64"
         raise TypeError(f"{what} must be floating point ({allowed}), got {tensor.dtype}. Leave it out of the list.")
     if tensor.numel() and tensor.untyped_storage().nbytes() < _end(tensor) * tensor.element_size():

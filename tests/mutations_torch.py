@@ -4,6 +4,7 @@ from mutations import group
 
 STEPS, ERRORS = "test_torch_optim.py", "test_torch_optim_errors.py"
 STATE, HOSTS = "test_torch_optim_state.py", "test_torch_optim_hosts.py"
+PRECISION = "test_torch_optim_precision.py"
 FOLDER = "fused_kopt/torch_optim/"
 
 TORCH = (
@@ -17,8 +18,38 @@ TORCH = (
     *group(
         STATE,
         FOLDER + "loading.py",
-        ("slots in the parameter's dtype", "_slot", "layout.compute_dtype(param.dtype)", "param.dtype"),
         ("momentum without the rate", "_state", "owner.momentum_sign * float(group", "owner.momentum_sign * bool(group"),
+    ),
+    *group(
+        STATE,
+        FOLDER + "stored.py",
+        ("slots in the parameter's dtype", "planes", "compute = layout.compute_dtype(dtype)", "compute = dtype"),
+    ),
+    *group(
+        PRECISION,
+        FOLDER + "stored.py",
+        ("roots in signed codes", "slots", "name in POSITIVE", "False"),
+        ("a policy may change", "check_same", "if old != chosen and", "if False and"),
+        ("scales of shards", "check", "if isinstance(param, members.sharded()) and", "if False and"),
+        ("masters in another order", "master", "layout.clone(t, layout.dense_stride(local)) if", "t if"),
+    ),
+    *group(
+        PRECISION,
+        FOLDER + "rows.py",
+        ("one key for all steps", "of", "self._policy.extended(row, step.iterations)", "self._policy.extended(row, 0)"),
+        ("decay forgotten under policies", "of", "self._row(self", "(lambda g, s: self._owner.scalars(g, s))(self"),
+    ),
+    *group(
+        PRECISION,
+        FOLDER + "loading.py",
+        ("states of another policy", "kept", "!= stored.policy(own):", "is None:"),
+        ("the default policy replaces a group's own", "kept", '{**group, "precision": own["precision"]}', "{**group}"),
+        ("planes cast", "_slot", "value.dtype != plane.stored if packed", "False if packed"),
+    ),
+    *group(
+        PRECISION,
+        FOLDER + "members.py",
+        ("one policy for all", "_part", "rules[i] == rule", "rules[i][0] is rule[0]"),
     ),
     *group(
         STATE,
@@ -41,7 +72,12 @@ TORCH = (
         ERRORS,
         FOLDER + "optimizer.py",
         ("states before the check", "_make_states", "if lacking:\n", "if not lacking:\n"),
-        ("one part before the next is looked at", "_job", "numbers, launch)", "numbers, launch() or (lambda: None))"),
+        (
+            "one part before the next is looked at",
+            "_job",
+            "borrower.prepare(task, given))",
+            "borrower.prepare(task, given)() or (lambda: None))",
+        ),
     ),
     *group(
         ERRORS,

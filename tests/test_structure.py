@@ -59,6 +59,7 @@ LAYERS = (
     ("mixed_precision",),
     ("",),
     ("torch_optim.arguments", "torch_optim.members"),
+    ("torch_optim.stored",),
     ("torch_optim.loading", "torch_optim.rows"),
     ("torch_optim.contract",),
     ("torch_optim.optimizer",),

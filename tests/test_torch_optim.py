@@ -87,7 +87,7 @@ def test_groups_with_different_rules() -> None:
     assert_same([bits(p) for p in params], [bits(p) for p in others])
     assert "momentum" in mixed.state[params[0]]
     assert "momentum" not in mixed.state[params[1]]
-    assert "rules that differ between groups, launches for each: 2" in mixed.describe().notes
+    assert "rules or precision policies that differ between groups, launches for each: 2" in mixed.describe().notes
 
 
 @pytest.mark.parametrize("decoupled", [True, False])

@@ -133,7 +133,7 @@ STEPS: dict[Callable[[Any, Any], None], tuple[type[Exception], str]] = {
     other_dtype: (TypeError, r"parameter 'body\.4' .*has a slot of torch.float64"),
     bad_limit: (TypeError, "`clipvalue` must be a number >= 0 or None. Received: clipvalue='tight'"),
     two_norms: (ValueError, "`clipnorm` and `global_clipnorm` exclude each other"),
-    norms_of_two_rules: (ValueError, "`global_clipnorm` needs one rule for all groups; these have .*adam.*amsgrad"),
+    norms_of_two_rules: (ValueError, "`global_clipnorm` needs one rule for all groups, .*these have .*adam.*amsgrad"),
 }
 
 

@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     "Nadam": {"eps": "epsilon", "momentum_decay": "decay"},
 }
 # What Keras has no word for: refused unless idle. How a step is executed (foreach, fused...) is no part of the state.
-IDLE = {"weight_decay": 0, "maximize": False, "dampening": 0}
+IDLE = {"weight_decay": 0, "maximize": False, "dampening": 0, "precision": "float32"}
 # The keys that tell the classes apart, first match first.
 MARKS = {
     "SGD": {"dampening"},
@@ -38,7 +38,7 @@ MARKS = {
     "Adadelta": {"rho"},
 }
 _ADAMAX = {"lr", "betas", "eps", "weight_decay", "maximize", "foreach", "capturable", "differentiable"} | {
-    *("params", "param_names", "initial_lr"),
+    *("params", "param_names", "initial_lr", "precision"),
 }
 
 

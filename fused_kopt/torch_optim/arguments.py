@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_kopt import tensors
+from fused_kopt import precision, tensors
 from fused_kopt.clipping import Clips
 from fused_kopt.execute import EXECUTORS, Executor
 from fused_kopt.hyperparameters import NUMBER
+from fused_kopt.precision import Precision
 
 
 class Default(float):
@@ -31,6 +32,7 @@ class Options(TypedDict, total=False):
     clipnorm: float | None
     global_clipnorm: float | None
     executor: Executor
+    precision: str | Precision | Mapping[str, Any]
     amp: Literal["fused"] | None
     stats_every: int
     foreach: bool | None
@@ -155,6 +157,8 @@ def plain(name: str, value: Any) -> Any:
     """A value as checkpoints keep it: numpy's and Keras's scalars as Python's; 0-d tensors stay, schedulers write into them."""
     if name == "betas":
         return tuple(plain(one, beta) for one, beta in zip(BETAS, _pair(value), strict=True))
+    if name == "precision":
+        return precision.serialize(precision.get(value))
     if name not in RANGES:  # a switch
         return bool(value)
     if isinstance(value, Tensor):

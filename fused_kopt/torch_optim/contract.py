@@ -12,6 +12,7 @@ import torch
 from fused_kopt.borrowed import Borrower
 from fused_kopt.execute import EXECUTORS, Executor, Rule
 from fused_kopt.hyperparameters import Step
+from fused_kopt.precision import Precision
 from fused_kopt.recording import Recorder
 from fused_kopt.torch_optim import arguments, loading
 from fused_kopt.torch_optim.members import Counters, Members
@@ -34,6 +35,7 @@ class Contract(torch.optim.Optimizer):
         cls = type(self).__name__
         spelled, own = arguments.split(cls, keywords)
         self._start(own)
+        defaults = {**defaults, "precision": keywords.get("precision", "float32")}
         super().__init__(params, arguments.respelled(cls, {**defaults, **spelled}, defaults))
 
     # What a subclass declares, of a parameter group.
@@ -81,7 +83,7 @@ class Contract(torch.optim.Optimizer):
         if value not in EXECUTORS:
             raise ValueError(f"`executor` must be one of {EXECUTORS}. Received: executor={value!r}.")
         self._executor = value
-        self._borrowers: dict[Rule, Borrower] = {}
+        self._borrowers: dict[tuple[Rule, Precision], Borrower] = {}
 
     @property
     def stats_every(self) -> int:
@@ -134,8 +136,8 @@ class Contract(torch.optim.Optimizer):
         groups' settings replace the present ones, as in torch.optim; ours that they lack keep their defaults. SGD's and RMSprop's
         `momentum_buffer` becomes `momentum`, with the learning rate in it.
 
-        Raises ValueError or TypeError, and changes nothing, for other groups, other shapes, another optimizer's state, and settings
-        that no step here has (`maximize`, `dampening`).
+        Raises ValueError or TypeError, and changes nothing, for other groups, other shapes, another optimizer's state, groups of another
+        `precision`, and settings that no step here has (`maximize`, `dampening`).
         """
         handle = self.register_load_state_dict_pre_hook(loading.kept)  # after the user's hooks
         try:

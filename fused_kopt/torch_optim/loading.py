@@ -6,8 +6,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fused_kopt import layout
-from fused_kopt.torch_optim import arguments
+from fused_kopt import layout, precision
+from fused_kopt.borrowed import ORDER
+from fused_kopt.slots import Slot
+from fused_kopt.torch_optim import arguments, stored
 from fused_kopt.torch_optim.members import sharded
 
 Kinds = Mapping[str, tuple[torch.dtype, float]]
@@ -40,17 +42,24 @@ def kept(owner: Any, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     places = {}
     for index, (group, own) in enumerate(zip(saved, owner.param_groups, strict=True)):
         arguments.refuse(cls, group)
+        if precision.get(group.get("precision", "float32")) != stored.policy(own):
+            saved_as = group.get("precision", "float32")
+            raise ValueError(
+                f"Group {index} of the state_dict has precision={saved_as!r}, this {cls}'s has {own['precision']!r}: stored values would "
+                "mean something else. Build the optimizer with the precision that was saved."
+            )
         for position, (key, param) in enumerate(zip(group["params"], own["params"], strict=True)):
             places[key] = (param, {**own, **group}, arguments.name(own, index, position))
     unknown = [key for key in state_dict["state"] if key not in places]
     if unknown:
         raise ValueError(f"The state_dict has states of parameters that are in none of its groups: {unknown[:5]}.")
     states = {key: Kept(_state(owner, entry, *places[key])) for key, entry in state_dict["state"].items()}
-    return {**state_dict, "state": states}
+    groups = [{**group, "precision": own["precision"]} for group, own in zip(saved, owner.param_groups, strict=True)]
+    return {**state_dict, "state": states, "param_groups": groups}
 
 
 def _state(owner: Loader, entry: Mapping[str, Any], param: Tensor, group: Mapping[str, Any], what: str) -> dict[str, Any]:
-    cls, slots = type(owner).__name__, owner.slots(group)
+    cls, slots = type(owner).__name__, stored.planes(owner, group, param.dtype)
     found = {name: value for name, value in entry.items() if value is not None}
     if "momentum_buffer" in found and owner.momentum_sign:  # torch.optim's has no learning rate in it, Keras's has
         times = owner.momentum_sign * float(group["lr"])
@@ -61,26 +70,35 @@ def _state(owner: Loader, entry: Mapping[str, Any], param: Tensor, group: Mappin
         missing.remove("momentum")
     if found and (strange or missing):
         raise ValueError(f"The state of {what} has {sorted(found)}; {cls} keeps {[*slots, *owner.counters]}. Is it another optimizer's?")
-    state = {name: _slot(value, param, name, what, owner) for name, value in found.items() if name in slots}
+    if found:
+        stored.check(owner, group, param, what)
+    state = {name: _slot(value, param, slots[name], what, owner) for name, value in found.items() if name in slots}
     for name, (dtype, initial) in owner.counters.items():
         state[name] = torch.tensor(float(found.get(name, initial)), dtype=dtype, device="cpu")
     return state
 
 
-def _slot(value: Any, param: Tensor, name: str, what: str, owner: Loader) -> Tensor:
-    """A slot beside its parameter, in the compute dtype: the optimizer's own as it is, any other as a copy."""
-    if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.shape != param.shape:
+def _slot(value: Any, param: Tensor, plane: Slot, what: str, owner: Loader) -> Tensor:
+    """A slot, or a part of one, beside its parameter in its own dtype: the optimizer's own as it is, any other as a copy."""
+    name, packed = plane.name, plane.group > 1 or plane.stored != layout.compute_dtype(param.dtype)
+    alike = isinstance(value, Tensor) and value.shape == plane.shape(param)
+    if not alike or (value.dtype != plane.stored if packed else not value.dtype.is_floating_point):
         got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name!r} of {what} must be a floating tensor of its parameter's shape. Received: {got}.")
+        wanted = f"of {plane.stored} and shape {plane.shape(param)}" if packed else "a floating tensor of its parameter's shape"
+        raise ValueError(f"{name!r} of {what} must be {wanted}. Received: {got}.")
     if isinstance(param, sharded()) != isinstance(value, sharded()):
         raise TypeError(
             f"{name!r} of {what} is {'no' if isinstance(param, sharded()) else 'a'} DTensor, unlike the parameter. "
             "Load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
         )
-    own: Tensor | None = owner.state.get(param, {}).get(name)
-    if own is value:
+    if value.dtype == torch.uint8 and not layout.same_layout(value.shape, layout.dense_stride(param), value.stride()):
+        raise ValueError(
+            f"{name!r} of {what} {ORDER}: strides {value.stride()} beside {param.stride()}. Use the memory format that was saved."
+        )
+    if owner.state.get(param, {}).get(name) is value:
+        own: Tensor = value
         return own
-    slot: Tensor = torch.empty_like(param, dtype=layout.compute_dtype(param.dtype), requires_grad=False)
+    slot: Tensor = stored.new(plane, param)
     with torch.no_grad():
         slot.copy_(value)
     return slot

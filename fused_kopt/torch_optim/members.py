@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fused_kopt import layout
 from fused_kopt.execute import Rule
+from fused_kopt.precision import Precision
 
 State = dict[str, Any]
 
@@ -39,9 +41,10 @@ class Counters:
 
 
 class Part(NamedTuple):
-    """The members that one rule updates."""
+    """The members that one rule updates under one precision policy."""
 
     rule: Rule
+    policy: Precision
     groups: list[int]
     positions: list[int] | None
     """Among the members; None: all."""
@@ -63,8 +66,8 @@ class Sighting(NamedTuple):
     sizes: list[int]
     absent: list[bool] | None
     """Which have no gradient; None for none."""
-    rules: list[Rule]
-    """By group."""
+    rules: list[tuple[Rule, Precision]]
+    """By group, with the policy that says how its state is stored."""
     decaying: bool
     """Whether the rules have weight decay around them."""
 
@@ -84,6 +87,7 @@ class Members:
         self.wide = np.array([param.dtype == torch.float64 for param in self.params])
         groups = np.array(present([i for i, size in enumerate(seen.sizes) for _ in range(size)], seen.absent))
         self.parts = [_part(rule, seen.rules, groups) for rule in dict.fromkeys(seen.rules[i] for i in groups)]
+        self.positions = _positions(seen) if any(part.policy.random for part in self.parts) else None
         self._counters: Counters | None = None
         self._places: Any = None
 
@@ -95,10 +99,17 @@ class Members:
         return self._places
 
 
-def _part(rule: Rule, rules: Sequence[Rule], groups: Any) -> Part:
-    mine = np.array([rules[i] is rule for i in groups])
+def _part(rule: tuple[Rule, Precision], rules: Sequence[tuple[Rule, Precision]], groups: Any) -> Part:
+    mine = np.array([rules[i] == rule for i in groups])
     found, ranks = np.unique(groups[mine], return_inverse=True)
-    return Part(rule, found.tolist(), None if mine.all() else np.flatnonzero(mine).tolist(), ranks)
+    return Part(*rule, found.tolist(), None if mine.all() else np.flatnonzero(mine).tolist(), ranks)
+
+
+def _positions(seen: Sighting) -> list[int]:
+    """Where each member's elements begin among those of all parameters in their order, so that nobody's random bits depend on who
+    else has a gradient, on dtypes, devices or policies. Of sharded ones this rank's elements count."""
+    sizes = [-(-param.numel() // layout.ALIGNMENT) * layout.ALIGNMENT for param in local(seen.params)]
+    return present((np.cumsum(sizes) - sizes).tolist(), seen.absent)
 
 
 def present(values: list[Any], absent: list[bool] | None) -> list[Any]:

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kopt import borrowed, description, layout
+from fused_kopt import borrowed, description, precision
 from fused_kopt.borrowed import Borrowed, Borrower, Task
 from fused_kopt.clipping import Clips
 from fused_kopt.description import Description
 from fused_kopt.recording import StepStats, Sums
 from fused_kopt.replays import capturing
-from fused_kopt.torch_optim import arguments, members, rows
+from fused_kopt.torch_optim import arguments, members, rows, stored
 from fused_kopt.torch_optim.contract import Contract
 from fused_kopt.torch_optim.members import Counters, Members, Part, Sighting
 from fused_kopt.torch_optim.rows import Rows
@@ -43,12 +43,15 @@ class Optimizer(Contract):
         clipvalue, clipnorm, global_clipnorm: limits >= 0 on gradient elements, on each gradient's norm, on the norm of all;
             applied inside the launch. `.grad` stays as it is. Attributes of the same names may be changed between steps.
         executor: as for fused_kopt.Adam: "auto", "reference", "triton" or "compiled".
+        precision: how parameters, their masters and their slots are stored, as for fused_kopt.Adam: a name or a `fused_kopt.Precision`;
+            also in parameter groups, which keep a name or a dict. Fixed by the first step. Default "float32".
         amp: "fused" lets a GradScaler leave unscaling to the launch; default None, its usual way.
         stats_every: every so many steps, the launch adds up what `last_stats` returns. Default 0: never.
         foreach, fused: ignored. maximize, capturable, differentiable: refused unless False.
 
     State is made at the first step: for every parameter `step` (0-d float32 on the CPU; counting ends at 2^24), and the slots
-    in float32 (float64 for float64 parameters), in the parameter's shape and layout. Steps of several threads queue.
+    in float32 (float64 for float64 parameters), in the parameter's shape and layout; under another `precision` the parts in which they
+    are stored, and the master's. Steps of several threads queue.
 
     Raises TypeError for unknown arguments, a value in two spellings, parameters that are not floating; ValueError for values out
     of range and a parameter given twice.
@@ -98,19 +101,30 @@ class Optimizer(Contract):
         """
         with self._lock:
             parts: dict[Any, list[tuple[Tensor, Tensor, str]]] = {}
-            slots: dict[Any, tuple[str, ...]] = {}
+            kept: dict[Any, Any] = {}
             for index, (group, rule) in enumerate(zip(self.param_groups, rows.rules(self)[0], strict=True)):
-                slots[rule] = tuple(self.slots(group))
+                kept[rule] = stored.kept(self, group)
                 for position, param in enumerate(group["params"]):
                     if param.requires_grad or param.grad is not None:
                         pair = members.local([param.detach() if param.grad is None else param.grad, param])
                         parts.setdefault(rule, []).append((*pair, arguments.name(group, index, position)))
+                        stored.check(self, group, param, parts[rule][-1][2])
             clips = Clips(1.0, self.clipvalue, self.clipnorm, self.global_clipnorm)
             found = []
             for rule, mine in parts.items():
                 pairs = borrowed.check([(g, p) for g, p, _ in mine], [name for _, _, name in mine])
-                found.append(description.describe(type(self).__name__, pairs, slots[rule], self.executor, clips, alignment=1))
+                found.append(description.describe(type(self).__name__, pairs, kept[rule], self.executor, clips, alignment=1))
             return description.joined(found)
+
+    def get_master(self, param: Tensor) -> Tensor:
+        """What a parameter stands for under its group's precision policy, float32 (float64 for float64), in its shape.
+
+        The parameter itself, detached, where nothing is kept besides; of a sharded one this rank's part. KeyError before its first step.
+        """
+        group = next((group for group in self.param_groups if any(p is param for p in group["params"])), None)
+        if group is None or param not in self.state:
+            raise KeyError(f"This parameter {tuple(param.shape)} has no state yet. Take a step with a gradient for it first.")
+        return stored.master(self, group, param, self.state[param])
 
     def _unscaling(self) -> float | None:
         """What gradients are multiplied by; None where a GradScaler found them infinite."""
@@ -157,6 +171,7 @@ class Optimizer(Contract):
             self._known, self._counters = [], None
         found = next((known for known in self._known if known.seen.same(seen)), None)
         if found is None:
+            stored.check_same(self, self._known[0].seen.rules if self._known else [], seen.rules)
             dummy = not self.state and self._dummy(grads)
             found = Members(seen, members.present(self._names(), seen.absent))
             self._make_states(found, grads)
@@ -174,16 +189,19 @@ class Optimizer(Contract):
         """Create what the states of the parameters with gradients lack, after a look at the gradients."""
         groups = members.present([group for group in self.param_groups for _ in group["params"]], found.seen.absent)
         lacking = []
-        for param, group in zip(found.params, groups, strict=True):
-            state = self.state.get(param)
-            new = {name: value for name, value in self.slots(group).items() if state is None or name not in state}
+        kinds = {(id(group), param.dtype): group for param, group in zip(found.params, groups, strict=True)}
+        known = {(key, dtype): stored.planes(self, group, dtype) for (key, dtype), group in kinds.items()}
+        for param, group, what in zip(found.params, groups, found.names, strict=True):
+            state, planes = self.state.get(param), known[id(group), param.dtype]
+            stored.check(self, group, param, what)
+            new = {name: plane for name, plane in planes.items() if state is None or name not in state}
             if new or state is None:
                 lacking.append((param, new))
         if lacking:
             borrowed.check(list(zip(members.local(grads), members.local(found.params), strict=True)), found.names)
         for param, new in lacking:
-            for name, value in new.items():
-                self.state[param][name] = torch.full_like(param, value, dtype=layout.compute_dtype(param.dtype), requires_grad=False)
+            for name, plane in new.items():
+                self.state[param][name] = stored.new(plane, param)
             self.state[param]  # a defaultdict: rules without slots count, too
         if lacking or self._counters is None:
             self._counters = Counters(self.state, self.counters)
@@ -197,8 +215,11 @@ class Optimizer(Contract):
         if clips.by_norm and found.sharded:
             raise ValueError("Norms of sharded parameters need all ranks. Use torch.nn.utils.clip_grad_norm_ in place of clipnorm.")
         if clips.global_clipnorm is not None and len(found.parts) > 1:
-            rules = sorted(part.rule.__name__ for part in found.parts)
-            raise ValueError(f"`global_clipnorm` needs one rule for all groups; these have {rules}. Use torch.nn.utils.clip_grad_norm_.")
+            rules = sorted(f"{part.rule.__name__} in {precision.title(part.policy)}" for part in found.parts)
+            raise ValueError(
+                f"`global_clipnorm` needs one rule for all groups, and one precision; these have {rules}. "
+                "Use torch.nn.utils.clip_grad_norm_."
+            )
         return clips
 
     def _job(self, part: Part, found: Members, grads: list[Tensor], clips: Clips, sums: Sums | None) -> Job:
@@ -208,13 +229,14 @@ class Optimizer(Contract):
         numbers = Rows(self, part, {name: values[places] for name, values in self._counters.values.items()}, found.seen.decaying)
         groups = [self.param_groups[i] for i in part.groups]
         mine, variables = [states[i] for i in places.tolist()], part.select(found.params)
-        slots = [[state[name] for state in mine] for name in self.slots(groups[0])]
+        task = Task(part.rule, numbers.of, clips, all(map(self.exact, groups)), sums, part.policy, stored.slots(self, groups[0]))
+        slots = [[state[name] for state in mine] for name in stored.planes(self, groups[0], variables[0].dtype)]
         if found.sharded:
             variables, slots = members.local(variables), [members.local(column) for column in slots]
-        given = Borrowed(variables, part.select(grads), slots, part.select(found.names), numbers.which)
-        borrower = self._borrowers.setdefault(part.rule, Borrower(self._executor))
-        launch = borrower.prepare(Task(part.rule, numbers.of, clips, all(map(self.exact, groups)), sums), given)
-        return Job(part, places, numbers, launch)
+        positions = None if found.positions is None else part.select(found.positions)
+        given = Borrowed(variables, part.select(grads), slots, part.select(found.names), numbers.which, positions)
+        borrower = self._borrowers.setdefault((part.rule, part.policy), Borrower(self._executor))
+        return Job(part, places, numbers, borrower.prepare(task, given))
 
     def _count(self, job: Job, found: Members) -> None:
         assert self._counters is not None

@@ -8,6 +8,7 @@ import torch
 
 from fused_kopt import hyperparameters, options
 from fused_kopt.hyperparameters import Step
+from fused_kopt.torch_optim import stored
 from fused_kopt.torch_optim.members import Part
 
 Group = Mapping[str, Any]
@@ -29,7 +30,7 @@ class Rows:
     """
 
     def __init__(self, owner: Owner, part: Part, counts: Mapping[str, Any], decaying: bool) -> None:
-        self._owner, self._decaying = owner, decaying
+        self._owner, self._decaying, self._policy = owner, decaying, part.policy
         self._groups = [owner.param_groups[i] for i in part.groups]
         columns = list(counts.values())
         if all((column == column[0]).all() for column in columns):
@@ -49,7 +50,8 @@ class Rows:
             for step, (_, _, *product) in zip(steps, self._distinct, strict=True):
                 step.cache = product[0] if product else None
             with hyperparameters.ieee():
-                found = [self._row(self._groups[int(row[0])], step) for row, step in zip(self._distinct, steps, strict=True)]
+                rows = [self._row(self._groups[int(row[0])], step) for row, step in zip(self._distinct, steps, strict=True)]
+            found = [self._policy.extended(row, step.iterations) for row, step in zip(rows, steps, strict=True)]
             self.products[dtype] = np.array([step.cache for step in steps])
             self._found[dtype] = found[:1] if all(row == found[0] for row in found) else found
         return self._found[dtype]
@@ -66,10 +68,11 @@ class Rows:
 
 
 def rules(owner: Any) -> tuple[list[Any], bool]:
-    """The rule of every group, and whether they have weight decay around them: where one group decays, all do, in one launch."""
+    """The rule and the precision policy of every group, and whether the rules have weight decay around them: where one group decays,
+    all do, in one launch."""
     decaying = any(float(group["weight_decay"]) for group in owner.param_groups)
     found = [owner.rule(group) for group in owner.param_groups]
     if decaying:
         kinds = [options.decayed if owner.decoupled(group) else options.penalised for group in owner.param_groups]
         found = [options.around(kind, rule) for kind, rule in zip(kinds, found, strict=True)]
-    return found, decaying
+    return list(zip(found, map(stored.policy, owner.param_groups), strict=True)), decaying
