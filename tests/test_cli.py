@@ -70,7 +70,7 @@ def test_verify(run: Run) -> None:
 
 def test_verify_covers_every_rule() -> None:
     made = {name: make() for name, make in variants.VARIANTS.items()}
-    own = {cls for cls in registry._REGISTRY.values() if cls.__module__.startswith("fused_kopt.")}
+    own = {cls for cls in registry._REGISTRY.values() if cls.__module__.startswith("fused_kopt.optimizers.")}
     assert {type(optimizer) for optimizer in made.values()} == own
     assert all(type(optimizer).__name__.lower() == name.split()[0] for name, optimizer in made.items())
     # dense gradients, and sparse ones of vectors and matrices

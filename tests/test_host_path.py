@@ -111,7 +111,7 @@ def test_a_thousand_steps_leave_nothing_behind(executor: Any) -> None:
     gc.collect()
     tracemalloc.start()
     try:
-        steps(100)
+        steps(1000 if executor == "compiled" else 100)  # what Python and numpy keep for reuse grows to 45 kB first
         gc.collect()
         before = tracemalloc.get_traced_memory()[0]
         steps(850 if executor == "compiled" else 150)  # the interpreter takes milliseconds a step
@@ -130,7 +130,7 @@ def test_an_interrupted_step_leaves_gradients_on(monkeypatch: pytest.MonkeyPatch
         torch._C._set_grad_enabled(False)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fused_kopt.execute._reference", interrupted)
+    monkeypatch.setattr("fused_kopt.reference.run", interrupted)
     monkeypatch.setattr("fused_kopt.execute.torch.no_grad", contextlib.nullcontext)
     with pytest.raises(KeyboardInterrupt):
         fused_kopt.SGD(executor="reference").apply_gradients([(torch.ones(3), torch.ones(3))])

@@ -97,7 +97,7 @@ def far_blocks(executor: str) -> None:
 
     segment = layout.Segment((), (), start + 2 * block + tail, 0)
     kinds = dict.fromkeys(("dtype", "compute", "stored"), torch.float32)
-    bucket = SimpleNamespace(device=near.bucket.device, segments=[segment], tables=None, **kinds)
+    bucket = SimpleNamespace(device=near.bucket.device, segments=[segment], tables=None, planes=near.bucket.planes, **kinds)
     near.update.factors = torch.tensor([[1.0, float("inf"), 1.0, 1.0, 1.0]])
     moved = SimpleNamespace(**vars(near.update) | {"bucket": bucket})
     moved.variables, moved.gradients = ([far(t[0])] for t in (near.update.variables, near.update.gradients))

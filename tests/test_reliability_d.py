@@ -13,7 +13,7 @@ from support import EXECUTORS, assert_same, build, randn, state
 from torch import Tensor
 
 import fused_kopt
-from fused_kopt import TornStepError, execute
+from fused_kopt import TornStepError, execute, reference
 from fused_kopt.optimizer import Optimizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)  # three buckets
@@ -112,7 +112,7 @@ def test_D3_D4_an_interruption_between_launches_is_remembered(
         return counted
 
     bind = execute.bind
-    monkeypatch.setattr(execute, "_reference", interrupted(execute._reference))
+    monkeypatch.setattr(reference, "run", interrupted(reference.run))
     monkeypatch.setattr(execute, "bind", lambda *arguments: interrupted(bind(*arguments)))
     with pytest.raises(error, match="interrupted"):
         optimizer.apply_gradients(pairs_of(variables, 2))
