@@ -164,7 +164,7 @@ def _buckets(pairs: Pairs, slots: Sequence[Sequence[Tensor]], policy: Precision)
     for position, (_, variable) in enumerate(pairs):
         stored = slots[0][position].dtype if whole else layout.compute_dtype(variable.dtype)
         found.setdefault((variable.device, variable.dtype, stored), []).append(position)
-    return [(Bucket(*key, policy), members) for key, members in found.items()]
+    return [(Bucket(device, dtype, stored, policy), members) for (device, dtype, stored), members in found.items()]
 
 
 def _launch(bucket: Bucket, members: Sequence[int], entries: Sequence[Entry], given: Borrowed, task: Task) -> Launch:
