@@ -18,6 +18,7 @@ from torch_classes import CASES, build, give, keras, mlp, parameters, snapshot, 
 import fused_kopt
 from fused_kopt import Precision, checkpoint, hf, precision, torch_optim
 from fused_kopt.errors import CheckpointError
+from fused_kopt.slots import flatten
 from fused_kopt.torch_optim import stored
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -64,6 +65,14 @@ def compare_with_keras(
 @pytest.mark.parametrize(("case", "policy"), PAIRS)
 def test_the_bits_of_the_keras_class(case: str, policy: str, executor: str) -> None:
     compare_with_keras(case, policy, executor)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_slots_are_declared_alike(case: str) -> None:
+    """Which are never negative decides their codes."""
+    optimizer = build(case, parameters())
+    mine = stored.slots(optimizer, optimizer.param_groups[0])
+    assert [slot[1:] for slot in mine] == [slot[1:] for slot in flatten(keras(case).slot_groups())]
 
 
 @pytest.mark.parametrize(

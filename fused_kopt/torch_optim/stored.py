@@ -15,7 +15,7 @@ from fused_kopt.torch_optim import members
 
 Group = Mapping[str, Any]
 # Slots in which no element is ever negative, by their names in any class.
-POSITIVE = {"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "accumulator"}
+POSITIVE = {"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "accumulator"}
 
 
 class Owner(Protocol):
