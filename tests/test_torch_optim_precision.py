@@ -18,6 +18,7 @@ from torch_classes import CASES, build, give, keras, mlp, parameters, snapshot, 
 import fused_kopt
 from fused_kopt import Precision, checkpoint, hf, precision, torch_optim
 from fused_kopt.errors import CheckpointError
+from fused_kopt.slots import flatten
 from fused_kopt.torch_optim import stored
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -64,6 +65,14 @@ def compare_with_keras(
 @pytest.mark.parametrize(("case", "policy"), PAIRS)
 def test_the_bits_of_the_keras_class(case: str, policy: str, executor: str) -> None:
     compare_with_keras(case, policy, executor)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_slots_are_declared_alike(case: str) -> None:
+    """Which are never negative decides their codes."""
+    optimizer = build(case, parameters())
+    mine = stored.slots(optimizer, optimizer.param_groups[0])
+    assert [slot[1:] for slot in mine] == [slot[1:] for slot in flatten(keras(case).slot_groups())]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +296,8 @@ def test_distributed_checkpoint(policy: str, flat: bool) -> None:
 
 @pytest.mark.parametrize("policy", ["bf16_8bit", "bf16_split", "bf16_kahan"])
 def test_layouts(policy: str) -> None:
-    """A parameter with gaps and a transposed one, on every executor; a remainder that somebody laid out otherwise is a copy's work."""
+    """A parameter with gaps and a transposed one, on every executor, with remainders that somebody laid out otherwise: where nothing is
+    random, the numbers of contiguous ones."""
     results = []
     for executor in ("compiled", "reference", "triton"):
         params = [
@@ -304,6 +314,13 @@ def test_layouts(policy: str) -> None:
         results.append(snapshot(optimizer, params) + [bits(optimizer.get_master(p)) for p in params])
     assert_same(results[0], results[1])
     assert_same(results[2], results[1])
+    if not precision.NAMED[policy].random:
+        plain = [
+            torch.nn.Parameter(p.detach().contiguous()) for p in (randn(40, 6, dtype=BF16)[:, ::2], randn(6, 40, seed=1, dtype=BF16).t())
+        ]
+        optimizer = build("adam", plain, precision=policy)
+        steps(optimizer, plain, range(3))
+        assert_same(results[1], snapshot(optimizer, plain) + [bits(optimizer.get_master(p)) for p in plain])
 
 
 def test_groups_hold_names_and_plain_dicts() -> None:
