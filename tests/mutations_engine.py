@@ -56,10 +56,13 @@ ENGINE = (
         (
             "views left behind",
             "adopt",
-            "self._move(self.views.setdefault(name, [None] * len(self.variables)), buffer)",
+            "self._move(name, self.views.setdefault(name, [None] * len(self.variables)), buffer)",
             "self.views.setdefault(name, [None] * len(self.variables))",
         ),
         ("tables kept", "adopt", "if new or flat:", "if False:"),
+    ),
+    *group(
+        "test_reliability_b2.py", "fused_kopt/stored.py", ("changed variables accepted", "_check_known", "was not in (None, now)", "False")
     ),
     *group(
         "test_state.py test_weights.py",
@@ -67,8 +70,8 @@ ENGINE = (
         (
             "weights per variable",
             "creation_order",
-            "for group in groups:\n        for variable in variables:",
-            "for variable in variables:\n        for group in groups:",
+            "yield variable, slot",
+            "yield variables[-1], slot",
         ),
     ),
     *group(
@@ -87,8 +90,8 @@ ENGINE = (
         (
             "one bucket for all dtypes",
             "ensure",
-            "members.setdefault((variable.device, variable.dtype), [])",
-            "members.setdefault((variable.device, variables[0].dtype), [])",
+            "members.setdefault(self.key(variable), [])",
+            "members.setdefault(self.key(variables[0]), [])",
         ),
     ),
     *group(
@@ -121,7 +124,6 @@ ENGINE = (
         ("autograd not told", "_finish", "torch.autograd.graph.increment_version(variables)", "pass"),
         ("torn steps forgotten", "_apply", "self._torn = True", "self._torn = False"),
         ("steps inside steps", "_one_step", "if self._stepping:", "if False:"),
-        ("changed variables accepted", "_check_known", "was not in (None, now)", "False"),
         ("transformed pairs unchecked", "_transform", "pairs = gradients.check(gradients.present(given))", "pairs = list(given)"),
         (
             "transformers before the aggregator",
@@ -162,7 +164,7 @@ ENGINE = (
         "test_config.py test_registry.py test_state.py test_weights.py test_hyperparameters.py test_reliability_d.py",
         "fused_kopt/contract.py",
         ("lr loses", "__init__", "learning_rate if lr is None else lr", "learning_rate"),
-        ("decay not in the config", "_config", '"decay": self._initial_decay, ', ""),
+        ("decay not in the config", "_config", ', "decay": self._initial_decay', ""),
         ("clips not in the config", "_config", "**clips, ", ""),
         ("iterations may be reset", "iterations", "if self._state.iterations is not None:", "if False:"),
         ("set_weights keeps the tear", "set_weights", "self._torn = False", "pass"),
@@ -182,10 +184,14 @@ ENGINE = (
     ),
     *group(
         "test_reliability_a.py test_reliability_a2.py test_reliability_b2.py " + EXECUTORS,
+        "fused_kopt/reference.py",
+        ("variables rounded to bfloat16", "run", "variable.copy_(p)", "variable.copy_(p.bfloat16())"),
+        ("slots not stored", "run", "slot.copy_(value)", "pass"),
+        ("gradients rounded to the variable's dtype", "run", "gradient.to(compute)", "gradient.to(variable.dtype).to(compute)"),
+    ),
+    *group(
+        "test_reliability_a.py test_reliability_a2.py test_reliability_b2.py " + EXECUTORS,
         "fused_kopt/execute.py",
-        ("variables rounded to bfloat16", "_reference", "variable.copy_(p)", "variable.copy_(p.bfloat16())"),
-        ("slots not stored", "_reference", "slot.copy_(value)", "pass"),
-        ("gradients rounded to the variable's dtype", "_reference", "gradient.to(compute)", "gradient.to(variable.dtype).to(compute)"),
         ("clip factors ignored", "bind", "else (prepare.scale_and_clip, prepare.scale)", "else (prepare.keep, prepare.keep)"),
         ("variable and gradient swapped", "segment_tables", "v.data_ptr(), g.data_ptr()", "g.data_ptr(), v.data_ptr()"),
         ("slots of the first variable for all", "segment_tables", "[:, 3:] = slots", "[:, 3:] = slots[:1]"),
@@ -203,7 +209,7 @@ ENGINE = (
         "test_cli.py test_reliability_d.py test_reliability_d2.py",
         "fused_kopt/verification.py",
         ("almost equal is equal", "compare", "torch.equal(first, second)", "torch.allclose(first, second)"),
-        ("slots not compared", "compare_updates", "for name in update.names]", "for name in update.names[:0]]"),
+        ("slots not compared", "compare_updates", "for name in update.names if", "for name in update.names[:0] if"),
         ("mismatches reported, not raised", "check", "if not report.passes(update.exact):", "if False:"),
         ("any kernel is proven", "_known_answer", "None if report.passes(exact) else", "None if True else"),
     ),

@@ -22,9 +22,13 @@ STATS = (
     *group(
         LAUNCH,
         "fused_kopt/execute.py",
-        ("the reference steps from the new variable", "_reference", "variable.clone()", "variable"),
         ("the loss scale is not taken out", "bind", "(prepare.scale_and_clip, prepare.scale)", "(prepare.scale_and_clip, prepare.keep)"),
-        ("sums replaced, not added", "_reference", "update.sums += squares", "update.sums[:] = squares"),
+    ),
+    *group(
+        LAUNCH,
+        "fused_kopt/reference.py",
+        ("the reference steps from the new variable", "run", "variable.clone()", "variable"),
+        ("sums replaced, not added", "run", "update.sums += squares", "update.sums[:] = squares"),
     ),
     *group(
         LAUNCH,
