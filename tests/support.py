@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,3 +145,24 @@ def python(code: str, *arguments: str, **environment: str) -> str:
     done = subprocess.run([sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+def in_threads(work: Callable[[int], None], count: int = 8) -> None:
+    """Run `work` of 0 to `count` - 1 at once; fails where one raises or hangs."""
+    errors: list[BaseException] = []
+    start = threading.Barrier(count)
+
+    def guarded(index: int) -> None:
+        try:
+            start.wait(60)
+            work(index)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert errors == []
+    assert not any(thread.is_alive() for thread in threads)

@@ -1,12 +1,9 @@
 """Child processes made by os.fork after the parent has used OpenMP's threads, and optimizers of several threads at once."""
 
-import threading
-from collections.abc import Callable
-
 import pytest
 import support
 import torch
-from support import randn
+from support import in_threads, randn
 
 # The child's torch would wait for OpenMP's threads too: it makes no tensor of more elements than one thread takes.
 FORKED = """
@@ -45,26 +42,6 @@ def test_a_forked_child_goes_on() -> None:
     """The compiled executor, with threads; `test_reliability_c2.py` forks the others."""
     child, parent = support.python(FORKED).splitlines()
     assert child == parent
-
-
-def in_threads(work: Callable[[int], None], count: int) -> None:
-    errors: list[BaseException] = []
-    start = threading.Barrier(count)
-
-    def guarded(index: int) -> None:
-        try:
-            start.wait(60)
-            work(index)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert errors == []
-    assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.mark.parametrize(("executor", "size"), [("compiled", 100_000), ("reference", 3000), ("triton", 3000)])

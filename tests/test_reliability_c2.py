@@ -4,7 +4,6 @@ import copy
 import gc
 import multiprocessing
 import pickle
-import threading
 import tracemalloc
 import weakref
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import EXECUTORS, RULES, SOME_RULES, assert_same, bits, build, outcome, randn, state
+from support import EXECUTORS, RULES, SOME_RULES, assert_same, bits, build, in_threads, outcome, randn, state
 from torch import Tensor
 
 from fused_kopt import SGD, Adam
@@ -85,26 +84,6 @@ def test_C13_child_processes_go_on_bit_for_bit(method: str, executor: str, tmp_p
     expected = [*state(optimizer, variables), *outcome("adam", "reference", [randn(3)], [[randn(3, seed=1)]])]
     with np.load(path) as file:
         assert_same([file[name] for name in file.files], expected)
-
-
-def in_threads(work: Callable[[int], None], count: int = 8) -> None:
-    errors: list[BaseException] = []
-    start = threading.Barrier(count)
-
-    def guarded(index: int) -> None:
-        try:
-            start.wait(60)
-            work(index)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert errors == []
-    assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
