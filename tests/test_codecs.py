@@ -198,7 +198,7 @@ def test_noise_looks_random() -> None:
         ones = float(((words >> bit) & 1).double().mean())
         assert abs(ones - 0.5) < 5 * 0.5 / count**0.5, bit
     other = type("Keyed", (), {"key_low": torch.tensor(12346.0), "key_high": torch.tensor(54321.0)})
-    agree = ((words ^ codecs.noise(position, other)) & 0xFFFF).double().mean() / 0x7FFF.__float__()
+    agree = ((words ^ codecs.noise(position, other)) & 0xFFFF).double().mean() / 0x7FFF
     assert abs(float(agree) - 1) < 0.01  # the next step's bits are others, in half of the places
     a, b = ((words >> 16) & 0xFFFF).double(), ((words[1:] >> 16) & 0xFFFF).double()
     assert abs(float(np.corrcoef(a[:-1], b)[0, 1])) < 5 / count**0.5  # neighbours

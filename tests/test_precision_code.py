@@ -9,6 +9,7 @@ import test_machine_code as machine
 import torch
 
 from fused_kopt import options, precision, prepare, slots
+from fused_kopt.hyperparameters import Step
 from fused_kopt.kernels import machine_code, offline
 from fused_kopt.optimizers import Adam, Lion
 from fused_kopt.optimizers.adam import Scalars, adam
@@ -78,7 +79,7 @@ def test_a_rule_stays_small_under_a_policy() -> None:
     stored, groups = POLICIES["bf16_8bit"], Lion().slot_groups()
     flat = slots.flatten(groups)
     rule = stored.rule(BF16, flat, Lion().rule())
-    kind: Any = type(Lion().scalars(__import__("fused_kopt").hyperparameters.Step(0, torch.float32)))
+    kind: Any = type(Lion().scalars(Step(0, torch.float32)))
     planes = stored.planes(BF16, groups)
     kinds = tuple((plane.stored or torch.float32, plane.group) for plane in planes)
     scalars = options.extended(kind, "key_low", "key_high")

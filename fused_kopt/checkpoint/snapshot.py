@@ -186,8 +186,7 @@ def _planned(optimizer: Optimizer, variable: Tensor) -> dict[str, Tensor]:
     """The slots that a variable will get, or the parts that its precision policy stores them in; on the meta device."""
     place = optimizer._state.bucket(variable)
     parts = slots.flatten(place.policy.groups(variable.dtype, optimizer.slot_groups()))
-    shapes = {part.name: variable.shape if part.group == 1 else (-(-variable.numel() // part.group),) for part in parts}
-    return {part.name: torch.empty(shapes[part.name], dtype=part.stored or place.compute, device="meta") for part in parts}
+    return {part.name: torch.empty(part.shape(variable), dtype=part.stored or place.compute, device="meta") for part in parts}
 
 
 def _taken(value: Tensor, dtype: torch.dtype, source: str) -> Tensor:
