@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,17 @@ from fused_kopt.prepare import NEUTRAL_FACTORS
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
+class Across(Protocol):
+    """Adds up squares over ranks that each have parts of the gradients."""
+
+    def whole(self, squares: list[Tensor], each: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Squares for the factors, and squares whose sum is not finite where any rank's gradient is not.
+
+        squares: per group float64 [n], of this rank's parts. The first result has each part's whole gradient's in the same places if
+        `each`, else the sum over everything as its one element.
+        """
+
+
 class Clips(NamedTuple):
     """What happens to every gradient before the rule, in this order. Limits are >= 0 or None."""
 
@@ -29,6 +40,8 @@ class Clips(NamedTuple):
     """In place of limits: multiply by |variable| / |gradient|, where neither is 0. Both have one dtype."""
     unscale: Tensor | None = None
     """0-d, on any device: what grad_scale is multiplied by there; under loss scaling the scale's reciprocal."""
+    across: "Across | None" = None
+    """Where other ranks have the other parts of the gradients."""
 
     @property
     def neutral(self) -> bool:
@@ -95,11 +108,17 @@ def measure(
     groups: Sequence[Group], clips: Clips, squares_of: Callable[[Group, Clips], Tensor], guard: Guard | None
 ) -> list[Tensor] | None:
     """The squares that clips need, and a guard's look at its own: those of gradients that no clipvalue has made finite."""
-    squares = [squares_of(group, clips) for group in groups] if clips.by_norm else None
+    squares, seen = _whole([squares_of(group, clips) for group in groups], clips) if clips.by_norm else (None, None)
     if guard is not None and guard.open:
         free = clips._replace(clipvalue=None)
-        guard.check(squares if squares is not None and clips == free else [squares_of(group, free) for group in groups])
+        if seen is None or clips != free:
+            _, seen = _whole([squares_of(group, free) for group in groups], free)
+        guard.check(seen)
     return squares
+
+
+def _whole(squares: list[Tensor], clips: Clips) -> tuple[list[Tensor], list[Tensor]]:
+    return (squares, squares) if clips.across is None else clips.across.whole(squares, clips.clipnorm is not None)
 
 
 def values(gradient: Tensor) -> Tensor:

@@ -15,3 +15,11 @@ class FusedMismatchError(RuntimeError):
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read, or does not fit. Raised before anything is written into an optimizer, a variable or a file."""
+
+
+class RankMismatchError(RuntimeError):
+    """Ranks of a process group are about to take different steps. Raised on every rank, before anything is written."""
+
+
+class PeerError(RuntimeError):
+    """Another rank failed, is gone, or did not answer within the group's timeout."""

@@ -31,7 +31,7 @@ KERAS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lamb", "lion", "nadam
 # From the bottom: a module imports from layers below its own, never upward, never sideways.
 LAYERS = (
     ("aggregate", "errors", "layout", "op", "optimizers.schedules", "recording", "slots", "tape", "tensors"),
-    ("buffers", "loss_scale", "prepare"),
+    ("buffers", "collectives", "loss_scale", "prepare"),
     ("reference", "state"),
     ("execute",),
     ("gradients", "hyperparameters", "norms"),
