@@ -21,7 +21,7 @@ from fused_kopt.distributed import full_slot, partition, reduce_in_backward, sha
 from fused_kopt.mixed_precision import LossScaleOptimizer
 
 # Shares of 64 elements that cut variables, hold several, and are empty.
-SHAPES = [(3, 5), (), (7,), (0,), (40, 20), (1,), (129,)]
+SHAPES = [(3, 5), (), (7,), (0,), (40, 20), (129,), (1,)]
 STEPS = 5
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     *((rule, "float32", {}) for rule in support.RULES),

@@ -18,6 +18,7 @@ from fused_kopt.distributed.incoming import Incoming, Pool
 from fused_kopt.distributed.partition import Part
 from fused_kopt.distributed.squares import Squares
 from fused_kopt.flat import Flat
+from fused_kopt.recording import Sums
 from fused_kopt.stages import Piece, Seen
 
 
@@ -49,6 +50,7 @@ class Shards:
 
     def enter(self, owner: Any, given: Any, aggregated: bool) -> Any:
         """See Stage. Raises RankMismatchError, PeerError, and what `apply_gradients` raises for pairs."""
+        self._waits = {}  # of a step that failed
         if isinstance(given, Flat):
             raise ValueError("A sharded optimizer has flat buffers of its own. Call restore() on the Flat, and pass pairs.")
         if aggregated and not isinstance(owner._aggregator, AllReduce):
@@ -187,6 +189,16 @@ class Shards:
             if (self.incoming[number].kind is not None or not changed) and number not in self._waits:
                 mine = part.flat[self.rank * part.share :][: part.share]
                 self._waits[number] = collectives.gather(part.flat, mine, self.settings.group)
+
+    def whole(self, squares: list[Tensor], each: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """See clipping.Across."""
+        return self.squares.whole(squares, each)
+
+    def add(self, sums: Sums) -> None:
+        """See clipping.Across. All launches are under way; what a rank without pieces in the last parts has not sent comes first."""
+        self._gather(len(self.parts))
+        for tensor in sums.all():
+            collectives.reduce(tensor, self.settings.group)()
 
     def leave(self) -> None:
         """See Stage."""
