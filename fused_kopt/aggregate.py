@@ -73,6 +73,8 @@ class Places(NamedTuple):
 class Reduction:
     """The stage of an optimizer whose gradients are summed."""
 
+    aggregates = True
+
     def __init__(self, settings: AllReduce) -> None:
         self.settings = settings
         self._agreement = Agreement(settings.group)

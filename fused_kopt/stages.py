@@ -19,7 +19,12 @@ Piece = tuple[Tensor | None, int, int]
 
 
 class Stage(Protocol):
-    """A step's part before and after the launches. `enter` and `leave` are called once per step, in this and in reversed order."""
+    """A step's part before and after the launches. `enter` and `leave` are called once per step, in this and in reversed order.
+
+    Attributes: `aggregates`, whether it sums gradients over ranks where it is asked to.
+    """
+
+    aggregates: bool
 
     def reported(self) -> AbstractContextManager[None]:
         """A block around the step, in which other ranks hear of errors."""

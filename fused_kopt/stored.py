@@ -31,6 +31,7 @@ class Stored(Contract):
 
         Where a precision policy stores it in parts, a copy of what they stand for; the parts are in `weights`.
         """
+        var = self._kept(var)
         slot = self._state.slot(var, slot_name)
         if slot is None:
             raise KeyError(f"No slot {slot_name!r} for this variable {tuple(var.shape)}. Slots: {self.get_slot_names()}.")
@@ -41,9 +42,17 @@ class Stored(Contract):
 
         KeyError before its first step.
         """
+        var = self._kept(var)
         if self._state.built_as(var) is None:
             raise KeyError(f"This variable {tuple(var.shape)} has no slots yet. Take a step, or build() first.")
         return self._read(var)[0]
+
+    def _kept(self, var: Tensor) -> Tensor:
+        """What there are slots for in place of a variable: its twin on the host, where it is offloaded."""
+        for stage in self._stages:
+            piece = stage.pieces().get(id(var), (None, 0, 0))[0]
+            var = piece if piece is not None and piece.shape == var.shape else var
+        return var
 
     def _read(self, var: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         bucket = self._state.bucket(var)
@@ -58,7 +67,7 @@ class Stored(Contract):
         wanted, given = precision.get(policy), list(variables)
         for position, variable in enumerate(given):
             wanted.check(variable.dtype, slots.flatten(self.slot_groups()), f"variable {position} {tuple(variable.shape)}")
-            if self._state.built_as(variable) is not None:
+            if self._state.built_as(self._kept(variable)) is not None:
                 raise ValueError(
                     f"Variable {position} {tuple(variable.shape)} has slots already. Call set_precision() before its first step."
                 )

@@ -24,6 +24,8 @@ from fused_kopt.stages import Piece, Seen
 class Shards:
     """The stage of a sharded optimizer."""
 
+    aggregates = True
+
     def __init__(self, settings: AllReduce, part_bytes: int) -> None:
         self.settings, self.part_bytes = settings, part_bytes
         self.rank, self.ranks = collectives.rank(settings.group), collectives.size(settings.group)
