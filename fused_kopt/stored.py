@@ -81,7 +81,7 @@ class Stored(Contract):
         initializer: "zeros", "ones", a number, a tensor or a callable of (shape, dtype=). shape: default the variable's.
         """
         with self._lock, torch.inference_mode(False):
-            return self._state.add_slot(var, Slot(slot_name), shape, initializer)
+            return self._state.add_slot(self._kept(var), Slot(slot_name), shape, initializer)
 
     def _check_known(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         for position, (_, variable) in enumerate(pairs):

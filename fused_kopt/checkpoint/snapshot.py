@@ -36,7 +36,7 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
         if optimizer._torn:
             raise TornStepError("The last step was interrupted: some variables were updated, others not. Restore an older checkpoint.")
         state = optimizer._state
-        names = {id(tensor): name for name, tensor in known.items()}
+        names = {id(optimizer._kept(tensor)): name for name, tensor in known.items()}
         owned = {name: {slot: _copy(view) for slot, view in views.items()} for name, views in _views(optimizer, names).items()}
         return Checkpoint(
             type(optimizer).__name__,
@@ -165,7 +165,7 @@ def _twin(checkpoint: Checkpoint, optimizer: Optimizer) -> Optimizer:
 
 def _schema(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
     """What the checkpoint has, and what the optimizer has or will create, by "slot of variable", as dtypes and shapes."""
-    live = _views(optimizer, {id(tensor): name for name, tensor in known.items()})
+    live = _views(optimizer, {id(optimizer._kept(tensor)): name for name, tensor in known.items()})
     found: dict[str, Tensor] = {}
     expected: dict[str, Tensor] = {}
     for name, values in checkpoint.slots.items():
@@ -217,7 +217,7 @@ def _adopt(optimizer: Optimizer, twin: Optimizer) -> None:
 
 @torch.no_grad()
 def _write(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], with_values: bool) -> None:
-    live = _views(optimizer, {id(tensor): name for name, tensor in known.items()})
+    live = _views(optimizer, {id(optimizer._kept(tensor)): name for name, tensor in known.items()})
     for name, values in checkpoint.slots.items():
         for slot, value in values.items():
             live[name][slot].copy_(value)

@@ -54,10 +54,14 @@ class Home:
 
 
 class Homes:
-    """The homes of all variables so far."""
+    """The homes of all variables so far.
+
+    Attributes: `pieces`, see Stage.
+    """
 
     def __init__(self, part_bytes: int) -> None:
         self._part_bytes = part_bytes
+        self.pieces: dict[int, Piece] = {}
         self._found: dict[int, Home] = {}  # by id of the variable
         self._links: dict[torch.device, Link] = {}
         self._parts = 0
@@ -69,10 +73,6 @@ class Homes:
     def all(self) -> Iterable[Home]:
         """In order of first appearance."""
         return self._found.values()
-
-    def pieces(self) -> dict[int, Piece]:
-        """See Stage."""
-        return {key: (home.twin, 0, home.twin.numel()) for key, home in self._found.items()}
 
     def check(self, variable: Tensor, what: str) -> None:
         """Raises ValueError for a kind of device without copies, StaleVariableError where the variable is no longer what it was."""
@@ -120,6 +120,7 @@ class Homes:
             twin = place(buffer.variables, segment)
             state.parts[id(twin)] = (twin, part, number)
             self._found[id(variable)] = Home(variable, twin, segment, buffer, variable.data_ptr())
+            self.pieces[id(variable)] = (twin, 0, twin.numel())
             if id(variable) in state.policies:
                 state.policies[id(twin)] = (twin, state.policies[id(variable)][1])
             self._scale(owner, self._found[id(variable)])
@@ -132,7 +133,7 @@ class Homes:
                 if state.built_as(home.twin) is not None:
                     what = tensors.describe(home.variable)
                     raise ValueError(f"A variable ({what}) has slots already. Call set_precision() before its first step.")
-                del self._found[key]
+                del self._found[key], self.pieces[key]
             else:
                 self._scale(owner, home)
 

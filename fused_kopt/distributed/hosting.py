@@ -176,7 +176,7 @@ class Hosting:
 
     def pieces(self) -> Mapping[int, Piece]:
         """See Stage."""
-        return self._homes.pieces()
+        return self._homes.pieces
 
 
 def _read_at_once(owner: Any) -> bool:
