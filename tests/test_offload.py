@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_kopt
-from fused_kopt import StaleVariableError, TornStepError, checkpoint, precision
+from fused_kopt import StaleVariableError, TornStepError, checkpoint, precision, verification
 from fused_kopt.distributed import hosting, offload, offload_stats, shard, transfers, variables_changed
 from fused_kopt.mixed_precision import LossScaleOptimizer
 
@@ -256,6 +256,17 @@ def test_what_lies_side_by_side_is_one_copy(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(map(torch.equal, flat.variables, mine))
 
 
+def test_gradients_of_one_memory_in_another_order() -> None:
+    """Two that follow each other there, but not as their places do; then too far apart; then as they do."""
+    optimizer, mine, whole = offload(adam(), 10**6), [torch.ones(64), torch.ones(64)], support.randn(192)
+    alone, copies = adam(), [v.clone() for v in mine]
+    for first, second in ((64, 0), (0, 128), (0, 64)):
+        found = [whole[first : first + 64], whole[second : second + 64]]
+        optimizer.apply_gradients(list(zip(found, mine, strict=True)))
+        alone.apply_gradients(list(zip(found, copies, strict=True)))
+        assert all(map(torch.equal, mine, copies))
+
+
 def test_what_lies_between_variables_stays() -> None:
     whole = torch.full((192,), 7.0)
     optimizer, mine = offload(adam(), 10**6), [whole[:60], whole[64:128], whole[128:190]]
@@ -466,6 +477,13 @@ def test_an_update_waits_for_its_own_gradients_only(gpu: Gpu, monkeypatch: pytes
     steps(optimizer, mine, 1, 1)
     # one wait for the caller's stream comes before the copies of each direction
     assert seen == [(2, 1), (3, 2), (4, 3), (5, 4)]
+
+
+def test_verification_looks_at_gradients_that_are_there(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(verification, "check", lambda *arguments: left.append(len(gpu.streams[0].work) - gpu.streams[0].done))
+    steps(offload(adam(verify_every=1), PART), streamed(), 1)
+    assert left == [0]
 
 
 def test_a_failed_step_leaves_nothing_in_flight_that_matters(gpu: Gpu) -> None:
