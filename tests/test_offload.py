@@ -17,6 +17,8 @@ import fused_kopt
 from fused_kopt import StaleVariableError, TornStepError, checkpoint, precision, verification
 from fused_kopt.distributed import hosting, offload, offload_stats, shard, transfers, variables_changed
 from fused_kopt.mixed_precision import LossScaleOptimizer
+from perf import offload as bench
+from perf import rows
 
 PART = 512  # bytes: several variables in a part, several parts of a dtype
 SHAPES = [(300,), (7, 9), (), (0,), (4, 5, 6), (128,), (64, 2)]
@@ -531,6 +533,18 @@ def test_behind_sums_and_shards(tmp_path: Path) -> None:
     for result in ranks.run(on_ranks, 2, tmp_path / "ranks"):
         for name, (alone, offloaded) in result.items():
             support.assert_same(alone, offloaded, name)
+
+
+def test_the_bench(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        found = bench.measure(dtype, 3, 100, 2, rows.provenance(cpu, "commit", 1e9), cpu)
+        rows.append(tmp_path / "rows", found)
+        assert [row.bytes_up for row in found] == [0, 300 * size, 300 * size]
+        assert [row.parts for row in found] == [0, 1, 0]
+        assert all(row.copies_alone > 0 and 0 < row.seconds_p10 <= row.seconds <= row.seconds_p90 for row in found)
+    (file,) = (tmp_path / "rows").iterdir()
+    assert len(file.read_text().splitlines()) == 1 + 2 * 3
 
 
 @pytest.mark.gpu

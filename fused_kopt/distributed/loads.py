@@ -1,6 +1,7 @@
 """What an offloaded step copies, worked out once for pairs that come again."""
 
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -124,11 +125,12 @@ class Plan:
 
     def meets(self, gradients: Sequence[Any], variables: Sequence[Any]) -> bool:
         """Whether these are the same variables, unmoved, with gradients of the same kind."""
-        if len(variables) != len(self.variables) or any(a is not b for a, b in zip(variables, self.variables, strict=True)):
+        if len(variables) != len(self.variables) or not all(map(is_, variables, self.variables)):
             return False
         if not self._guards.check(*gradients, *variables) or list(map(_data_ptr, variables)) != self._addresses:
             return False
-        return all(size == 0 or g.data_ptr() for g, size in zip(gradients, self._sizes, strict=True))  # 0: freed
+        addresses = np.array(list(map(_data_ptr, gradients)))
+        return not ((addresses == 0) & (self._sizes > 0)).any()  # memory that was freed
 
     def start(self, gradients: Sequence[Tensor], stale: Sequence[Home]) -> None:
         """Start to copy down, in the order of the launches."""
