@@ -44,6 +44,9 @@ class Stage(Protocol):
     def leave(self) -> None:
         """All launches are under way."""
 
+    def publish(self, written: Sequence[Tensor]) -> None:
+        """What the optimizer's pieces hold goes to the caller's variables, outside a step. written: those that changed."""
+
     def settle(self, owner: Any, variables: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the optimizer keeps slots for in place of these variables (`Optimizer.build`)."""
 

@@ -175,6 +175,22 @@ def test_backward_knows_that_variables_have_changed() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("policy", ["float32", "bf16_split"])
+def test_averages(policy: str) -> None:
+    """They start from a variable's value, which must be on the host by then, and end in the variable."""
+
+    def scenario(optimizer: Any, mine: list[Tensor]) -> None:
+        if policy == "float32":
+            optimizer.build(mine[:3])
+        steps(optimizer, mine[:5])
+        steps(optimizer, mine, 3)
+        mine[0].mul_(2)  # not among those that are finalized
+        optimizer.finalize_variable_values(mine[1:])
+        steps(optimizer, mine, 1, 9)
+
+    same(scenario, lambda: adam(precision=policy, ema_momentum=0.75), lambda: variables(torch.bfloat16))
+
+
 def test_what_is_said_of_variables() -> None:
     def scenario(optimizer: Any, mine: list[Tensor]) -> None:
         optimizer.set_precision(mine[1:4], "bf16_split")
@@ -374,6 +390,9 @@ class Stream:
         event.synchronize = lambda: self.run(until)
         return event
 
+    def synchronize(self) -> None:
+        self.run()
+
     def wait_stream(self, other: Any) -> None:
         self.give(other.record_event().synchronize)
 
@@ -452,6 +471,25 @@ def test_every_copy_waits_for_what_it_must(options: dict[str, Any], gpu: Gpu) ->
             offload(optimizer, PART)
         on_gpu(optimizer, mine, where, write=True)
         ends.append(support.state(optimizer, mine))
+    support.assert_same(*ends)
+
+
+def test_averages_start_and_end_in_order(gpu: Gpu) -> None:
+    ends = []
+    for where in (None, gpu):
+        optimizer, mine = adam(ema_momentum=0.75), streamed()
+        seen: list[Tensor] = []
+        look = lambda: seen.extend(v.clone() for v in mine)  # noqa: B023, E731
+        if where:
+            offload(optimizer, PART)
+        on_gpu(optimizer, mine[:-1], where)
+        optimizer.build(mine)
+        steps(optimizer, mine[:-1], 1)
+        where.now.give(look) if where else look()  # between the step and the next line
+        optimizer.finalize_variable_values(mine)
+        if where:
+            where.now.run()
+        ends.append([*support.state(optimizer, mine), *map(support.bits, seen)])
     support.assert_same(*ends)
 
 

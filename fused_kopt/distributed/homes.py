@@ -54,14 +54,11 @@ class Home:
 
 
 class Homes:
-    """The homes of all variables so far.
-
-    Attributes: `pieces`, see Stage.
-    """
+    """The homes of all variables so far."""
 
     def __init__(self, part_bytes: int) -> None:
         self._part_bytes = part_bytes
-        self.pieces: dict[int, Piece] = {}
+        self._pieces: dict[int, Piece] = {}
         self._found: dict[int, Home] = {}  # by id of the variable
         self._links: dict[torch.device, Link] = {}
         self._parts = 0
@@ -73,6 +70,12 @@ class Homes:
     def all(self) -> Iterable[Home]:
         """In order of first appearance."""
         return self._found.values()
+
+    def pieces(self) -> dict[int, Piece]:
+        """See Stage. Who gets a twin may write it: waits for the copies that read them."""
+        for link in self._links.values():
+            link.finish()
+        return self._pieces
 
     def check(self, variable: Tensor, what: str) -> None:
         """Raises ValueError for a kind of device without copies, StaleVariableError where the variable is no longer what it was."""
@@ -88,7 +91,8 @@ class Homes:
         """Make homes for those variables that have none."""
         alike: dict[Any, list[Tensor]] = {}
         for variable in (v for v in variables if id(v) not in self._found):
-            chosen = owner._state.parts.get(id(variable))
+            # a sharded optimizer gathers by its own parts, none before its last launch
+            chosen = owner._state.parts.get(id(variable), None if variable.numel() else (variable, 0, 0))
             kind = owner._state.key(variable)[:3]
             alike.setdefault((*kind, None if chosen is None else chosen[1]), []).append(variable)
         for (*kind, chosen), mine in alike.items():
@@ -120,10 +124,29 @@ class Homes:
             twin = place(buffer.variables, segment)
             state.parts[id(twin)] = (twin, part, number)
             self._found[id(variable)] = Home(variable, twin, segment, buffer, variable.data_ptr())
-            self.pieces[id(variable)] = (twin, 0, twin.numel())
+            self._pieces[id(variable)] = (twin, 0, twin.numel())
             if id(variable) in state.policies:
                 state.policies[id(twin)] = (twin, state.policies[id(variable)][1])
             self._scale(owner, self._found[id(variable)])
+
+    def fetch(self, variables: Sequence[Tensor]) -> None:
+        """Bring twins up to date, and wait for it."""
+        for home in (h for h in map(self.__getitem__, variables) if h.version != h.variable._version and h.twin.numel()):
+            link = home.buffer.link
+            link.begin()
+            with link.down():
+                transfers.copy([home.twin], [home.variable.detach()])
+                arriving = link.arriving()
+            if arriving is not None:
+                arriving.synchronize()
+            home.version = home.variable._version
+
+    def publish(self, twins: Sequence[Tensor]) -> None:
+        """Copy twins up."""
+        found = {id(home.twin): home for home in self._found.values()}
+        for home in (found[id(twin)] for twin in twins if twin.numel()):
+            home.buffer.link.begin()
+            home.buffer.link.up([home.variable.detach()], [home.twin])
 
     def follow(self, owner: Any) -> None:
         """What was said of variables since then counts for their twins. Raises ValueError for a policy that comes too late."""
@@ -133,7 +156,7 @@ class Homes:
                 if state.built_as(home.twin) is not None:
                     what = tensors.describe(home.variable)
                     raise ValueError(f"A variable ({what}) has slots already. Call set_precision() before its first step.")
-                del self._found[key], self.pieces[key]
+                del self._found[key], self._pieces[key]
             else:
                 self._scale(owner, home)
 

@@ -77,7 +77,7 @@ class Hosting:
         self._finished = False
         with self._timed("copying"):
             self._plan.start(found, stale)
-        if _read_at_once(owner):
+        if _read_at_once(owner) or (stale and owner.ema_momentum is not None):  # an average starts from its variable
             self._wait(self._plan.loads.values())
         self._counts["bytes_down"] += sum(home.twin.numel() * home.twin.element_size() for home in stale)
         self._counts["bytes_down"] += sum(load.bytes_down for load in self._plan.loads.values())
@@ -167,16 +167,22 @@ class Hosting:
         self._finished, self._plan = True, None
         self.stats = OffloadStats(**self._counts)
 
+    def publish(self, written: Sequence[Tensor]) -> None:
+        """See Stage."""
+        self._homes.publish(written)
+
+    @torch.no_grad()
     def settle(self, owner: Any, variables: Sequence[Tensor]) -> Sequence[Tensor]:
         """See Stage."""
         for position, variable in enumerate(variables):
             self._homes.check(variable, gradients.name(variable, position))
         self._homes.settle(owner, variables)
+        self._homes.fetch(variables)
         return [self._homes[variable].twin for variable in variables]
 
     def pieces(self) -> Mapping[int, Piece]:
         """See Stage."""
-        return self._homes.pieces
+        return self._homes.pieces()
 
 
 def _read_at_once(owner: Any) -> bool:

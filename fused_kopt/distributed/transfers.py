@@ -33,6 +33,9 @@ class Link(Protocol):
     def keep_apart(self) -> None:
         """Copies up from now on wait for the copies down so far."""
 
+    def finish(self) -> None:
+        """Wait for the copies up so far: then what they read may be written."""
+
 
 def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Start copies on the current stream."""
@@ -60,6 +63,9 @@ class Direct:
         copy(targets, sources)
 
     def keep_apart(self) -> None:
+        """See Link."""
+
+    def finish(self) -> None:
         """See Link."""
 
 
@@ -94,6 +100,10 @@ class Streams:
     def keep_apart(self) -> None:
         """See Link."""
         self._up.wait_stream(self._down)
+
+    def finish(self) -> None:
+        """See Link."""
+        self._up.synchronize()
 
 
 def link(device: torch.device) -> Link:
