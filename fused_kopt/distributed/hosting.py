@@ -13,7 +13,6 @@ from fused_kopt.aggregate import AllReduce
 from fused_kopt.buffers import Bucket
 from fused_kopt.distributed.homes import Homes
 from fused_kopt.distributed.loads import Load, Plan
-from fused_kopt.repeats import flattened
 from fused_kopt.replays import capturing
 from fused_kopt.stages import Piece
 
@@ -93,7 +92,7 @@ class Hosting:
         if self._settings is not owner._repeats:
             self._homes.follow(owner)
             self._plans, self._settings = [], owner._repeats
-        pairs, both = flattened(given)
+        pairs, both = gradients.flattened(given)
         plan = self._known(both[::2], both[1::2])
         if plan is not None:
             return plan, both[::2]
