@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ranks
 import support
@@ -549,22 +550,28 @@ def test_a_failed_step_leaves_nothing_in_flight_that_matters(gpu: Gpu) -> None:
 
 
 def on_ranks(rank: int) -> dict[str, Any]:
-    def mine() -> list[Tensor]:
-        return [nn.Parameter(support.randn(*shape, seed=i).bfloat16()) for i, shape in enumerate([(300,), (7, 9), (128,), (64, 2)])]
+    """What the caller writes between steps counts, what the ranks send each other is no such thing."""
 
     def trained(optimizer: Any) -> list[Any]:
-        found = mine()
-        for step in range(4):
+        found = [nn.Parameter(support.randn(*shape, seed=i).bfloat16()) for i, shape in enumerate([(300,), (7, 9), (128,), (64, 2)])]
+        for step in range(5):
             optimizer.apply_gradients([(g + rank, v) for g, v in zip(gradients(found, step), found, strict=True)])
-        return [*support.state(optimizer, found)]
+            if step in (1, 2):
+                found[step].data = found[step] * 2
+                with torch.no_grad():
+                    found[0].mul_(2)
+        state = support.state(optimizer, found)
+        optimizer.finalize_variable_values(found)
+        return [*state, *map(support.bits, found)]
 
     def make() -> Any:
-        return support.build("adam", "compiled", precision="bf16_split", global_clipnorm=1.0)
+        return support.build("adam", "compiled", precision="bf16_split", global_clipnorm=1.0, ema_momentum=0.75)
 
-    return {
-        "summed": (trained(make()), trained(offload(make(), 400))),
-        "sharded": (trained(shard(make(), part_bytes=400)), trained(offload(shard(make(), part_bytes=400)))),
-    }
+    offloaded = {"summed": offload(make(), 400), "sharded": offload(shard(make(), part_bytes=400))}
+    alone = {"summed": make(), "sharded": shard(make(), part_bytes=400)}
+    result = {name: (trained(optimizer), trained(alone[name])) for name, optimizer in offloaded.items()}
+    moved = [stats.bytes_down - stats.bytes_up for stats in map(offload_stats, offloaded.values())]
+    return {**result, "fetched": (list(map(np.array, moved)), [np.array(0)] * 2)}
 
 
 def test_behind_sums_and_shards(tmp_path: Path) -> None:
