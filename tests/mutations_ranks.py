@@ -94,7 +94,7 @@ RANKS = (
     *group(
         AVERAGE + " test_sharded.py",
         "fused_kopt/stored.py",
-        ("averages not sent", "finalize_variable_values", "stage.publish()", "pass"),
+        ("averages not sent", "finalize_variable_values", "stage.publish(mine)", "pass"),
         ("averages of sparse rows", "_check_precision", " and self.ema_momentum is not None", " and False"),
     ),
     *group(AVERAGE, "fused_kopt/precision.py", ("averages in eight bits", "format", '"float32" if slot.copied else ', "")),

@@ -35,10 +35,10 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
     with optimizer._lock:
         if optimizer._torn:
             raise TornStepError("The last step was interrupted: some variables were updated, others not. Restore an older checkpoint.")
-        if optimizer._stages:
-            raise ValueError("This optimizer is sharded or offloaded: no rank has all of its state. Use fused_kopt.distributed.save.")
+        if any(stage.aggregates for stage in optimizer._stages):
+            raise ValueError("This optimizer is sharded: no rank has all of its state. Use fused_kopt.distributed.save.")
         state = optimizer._state
-        names = {id(tensor): name for name, tensor in known.items()}
+        names = _names(optimizer, known)
         owned = {name: {slot: _copy(view) for slot, view in views.items()} for name, views in _views(optimizer, names).items()}
         return Checkpoint(
             type(optimizer).__name__,
@@ -49,6 +49,12 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
             {name: _copy(value) for name, value in known.items()} if with_values else {},
             {names[i]: {MULTIPLIER: m} for i, (_, m) in optimizer._multipliers.items() if i in names},
         )
+
+
+def _names(optimizer: Optimizer, known: Mapping[str, Tensor]) -> dict[int, str]:
+    """Names by the ids of what has slots: of an offloaded variable its twin."""
+    kept = [(name, tensor, optimizer._kept_for(tensor)) for name, tensor in known.items()]
+    return {id(other if other.shape == tensor.shape else tensor): name for name, tensor, other in kept}
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -167,7 +173,7 @@ def _twin(checkpoint: Checkpoint, optimizer: Optimizer) -> Optimizer:
 
 def _schema(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
     """What the checkpoint has, and what the optimizer has or will create, by "slot of variable", as dtypes and shapes."""
-    live = _views(optimizer, {id(tensor): name for name, tensor in known.items()})
+    live = _views(optimizer, _names(optimizer, known))
     found: dict[str, Tensor] = {}
     expected: dict[str, Tensor] = {}
     for name, values in checkpoint.slots.items():
@@ -219,7 +225,7 @@ def _adopt(optimizer: Optimizer, twin: Optimizer) -> None:
 
 @torch.no_grad()
 def _write(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], with_values: bool) -> None:
-    live = _views(optimizer, {id(tensor): name for name, tensor in known.items()})
+    live = _views(optimizer, _names(optimizer, known))
     for name, values in checkpoint.slots.items():
         for slot, value in values.items():
             live[name][slot].copy_(value)
