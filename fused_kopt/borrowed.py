@@ -40,8 +40,8 @@ class Borrowed(NamedTuple):
     which: Any = None
     """int array: which of the step's scalars each variable takes. None: the only one, or its own."""
     positions: Sequence[int] | None = None
-    """Where each variable's elements begin among those that random bits are made for, multiples of 64. None: one variable after
-    another, in buckets. A Borrower that gets the same tensors again expects the same ones."""
+    """Where each variable's elements begin among those that random bits are made for; multiples of 64 where elements share scales.
+    None: one variable after another, in buckets. A Borrower that gets the same tensors again expects the same ones."""
 
 
 class Task(NamedTuple):

@@ -89,7 +89,7 @@ class Group:
         return _unscaled(self._fixed(clips)[:1], clips.unscale)[0]
 
     def _fixed(self, clips: Clips) -> Tensor:
-        clips = clips._replace(unscale=None)
+        clips = clips._replace(unscale=None, across=None)  # neither is in a row
         if clips not in self._tables:
             kept = list(self._tables.items())[-1:]  # two: a guard's check knows no clipvalue
             self._tables = dict([*kept, (clips, clips.row(self.compute, self.device).repeat(len(self._counts), 1))])

@@ -30,7 +30,7 @@ TORCH = (
         FOLDER + "stored.py",
         ("roots in signed codes", "slots", "name in POSITIVE", "False"),
         ("a policy may change", "check_same", "if old != chosen and", "if False and"),
-        ("scales of shards", "check", "if isinstance(param, members.sharded()) and", "if False and"),
+        ("scales of shards", "check", "shards.divides(param, GROUP)", "True"),
         ("masters in another order", "master", "layout.clone(t, layout.dense_stride(local)) if", "t if"),
     ),
     *group(
