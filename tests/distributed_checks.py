@@ -275,19 +275,21 @@ def placed(layouts: list[Layout], **options: Any) -> None:
     assert_equal(*(whole(dict(enumerate(o.state.values()))) for o in (optimizer, other)))
 
 
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+F32, BF16 = torch.float32, torch.bfloat16
 
 
 @checks(*LIMITS)
 def norms_of_a_mixture(clip: str) -> None:
-    """Uneven and empty shards, columns, replicas, plain tensors, two dtypes."""
-    mesh = init_device_mesh("cpu", (2,))
+    """Uneven and empty shards, columns, replicas, plain tensors, two dtypes; replicas of shards."""
+    mesh, rows, replicas = (init_device_mesh("cpu", sizes) for sizes in ((2,), (1, 2), (2, 1)))
     layouts: list[Layout] = [
         ([5, 7], F32, mesh, [Shard(0)]),
-        ([3, 4], F64, mesh, [Shard(1)]),
+        ([3, 4], BF16, mesh, [Shard(1)]),
         ([6], F32, mesh, [Replicate()]),
-        ([1, 9], F64, mesh, [Shard(0)]),
+        ([1, 9], BF16, mesh, [Shard(0)]),
         ([2, 2], F32, None, []),
+        ([5, 2], F32, replicas, [Replicate(), Shard(0)]),
+        ([5, 3], F32, rows, [Shard(0), Shard(0)]),
         ([4, 3], F32, mesh, [Shard(1)]),
     ]
     placed(layouts, **{clip: LIMITS[clip]})
@@ -311,7 +313,7 @@ def norms_on_a_grid(clip: str) -> None:
     """Every element counts once: rows over replicas, over two dimensions, columns beside rows, columns of rows."""
     mesh, layouts = grid()
     layouts += [
-        ([4, 6], F64, mesh, [Shard(0), Shard(1)]),
+        ([4, 6], BF16, mesh, [Shard(0), Shard(1)]),
         ([2, 2], F32, None, []),
         ([7], F32, mesh, [Replicate(), Replicate()]),
         ([3, 7], F32, mesh["b"], [Shard(1)]),
@@ -402,7 +404,7 @@ def eight_bits(shard: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
     model: Any = nn.Sequential(nn.Linear(7, 128), nn.Tanh(), nn.Linear(128, 1)).to(BF16)
     if shard:
         fully_shard(model)
-    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "precision": "bf16_split"}]
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "precision": "bf16_kahan"}]
     return model, torch_optim.AdamW(groups, lr=0.01, precision="bf16_8bit")
 
 

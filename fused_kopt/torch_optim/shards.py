@@ -133,7 +133,7 @@ class Across:
         if each:
             places = torch.from_numpy(order).to(home)
             sums = torch.zeros(len(self._shards.which), dtype=flat.dtype, device=home).index_copy_(0, places, flat)
-            parts = self._shards.total(sums, each)[places].split(lengths)
+            parts = torch.split(self._shards.total(sums, each)[places], lengths)
             found = [part.to(s.device) for part, s in zip(parts, squares, strict=True)]
         else:
             which = self._shards.which[order]
