@@ -137,6 +137,16 @@ def fsdp1(name: str) -> None:
         assert_equal(model.module.state_dict(), alone(name)[0])
 
 
+@checks("clipnorm", "global_clipnorm")
+def fsdp1_norms_are_refused(clip: str) -> None:
+    """Its parameters are plain tensors with some elements of the whole ones."""
+    for original in (True, False):
+        model = FullyShardedDataParallel(network(), use_orig_params=original, device_id=torch.device("cpu"))
+        optimizer = make("AdamW", model.parameters(), **{clip: 1.0})
+        with pytest.raises(ValueError, match=r"what FSDP1 made of others.*Use its clip_grad_norm_"):
+            train(model, optimizer, batches()[:1])
+
+
 def sharded(dtype: torch.dtype = torch.float32) -> Any:
     model = network().to(dtype)
     fully_shard(model[0])

@@ -105,21 +105,28 @@ class Members:
             gradients = fitting
         return shards.local(gradients)
 
-    def any(self, gradients: Sequence[Tensor]) -> bool:
+    def moves(self, gradients: Sequence[Tensor]) -> bool:
         """Whether any gradient, on any rank, has an element that is not 0."""
         mine = any(bool(gradient.any()) for gradient in gradients)
         return Shards(self.seen.params).agree(mine) if self.sharded else mine
 
     def clips(self, part: Part, clips: Clips, gradients: Sequence[Tensor], variables: Sequence[Tensor]) -> Clips:
-        """What happens to a part's gradients, where limits on their norms need the other ranks' shards."""
-        if not self.sharded or not clips.by_norm:
+        """What happens to a part's gradients, where limits on norms may need other ranks' shards. Raises what `shards.check_norms` does."""
+        if not clips.by_norm:
             return clips
         key = (part.rule, part.policy)
-        if key not in self._shards:  # of all parameters of the rule: another rank may have gradients for others
-            others = [self.seen.rules[i] != key for i, size in enumerate(self.seen.sizes) for _ in range(size)]
-            absent = np.array(present(self.seen.absent or [False] * len(others), others))
-            self._shards[key] = Shards(present(self.seen.params, others)), np.flatnonzero(~absent)
-        return clips._replace(across=Across(*self._shards[key], list(zip(gradients, variables, strict=True))))
+        if key not in self._shards:
+            self._shards[key] = self._others(*key)
+        others, there = self._shards[key]
+        return clips._replace(across=Across(others, there, list(zip(gradients, variables, strict=True)))) if others.groups else clips
+
+    def _others(self, *key: Any) -> tuple[Shards, Any]:
+        """Who has the other shards of a rule's parameters, and which of these have gradients here: another rank may have more."""
+        foreign = [self.seen.rules[i] != key for i, size in enumerate(self.seen.sizes) for _ in range(size)]
+        absent = np.array(present(self.seen.absent or [False] * len(foreign), foreign))
+        params = present(self.seen.params, foreign)
+        shards.check_norms(params)
+        return Shards(params), np.flatnonzero(~absent)
 
     def places(self, counters: Counters) -> Any:
         """int64, where the members' states and counters lie among all."""

@@ -40,8 +40,8 @@ class Optimizer(Contract):
     What every optimizer accepts besides its own arguments:
         learning_rate, beta_1, beta_2, epsilon, rho, decay, schedule_decay: Keras's words for lr, betas, eps, alpha, lr_decay and
             momentum_decay, where the class has these; also in parameter groups, whose keys are torch's.
-        clipvalue, clipnorm, global_clipnorm: limits >= 0 on gradient elements, on each gradient's norm, on the norm of all;
-            applied inside the launch. `.grad` stays as it is. Attributes of the same names may be changed between steps.
+        clipvalue, clipnorm, global_clipnorm: limits >= 0 on gradient elements, on each gradient's norm, on the norm of all; those of
+            DTensors over all ranks. In the launch; `.grad` stays as it is. Attributes of the same names may be changed between steps.
         executor: as for fused_kopt.Adam: "auto", "reference", "triton" or "compiled".
         precision: how parameters, their masters and their slots are stored, as for fused_kopt.Adam: a name or a `fused_kopt.Precision`;
             also in parameter groups, which keep a name or a dict. Fixed by the first step. Default "float32".
@@ -184,7 +184,7 @@ class Optimizer(Contract):
 
     def _dummy(self, found: Members, grads: Sequence[Tensor]) -> bool:
         """Whether this is how torch.distributed.checkpoint makes states: lr 0, gradients 0, none there yet. It must not count."""
-        return all(float(group["lr"]) == 0 for group in self.param_groups) and not found.any(grads)
+        return all(float(group["lr"]) == 0 for group in self.param_groups) and not found.moves(grads)
 
     def _make_states(self, found: Members, grads: Sequence[Tensor]) -> None:
         """Create what the states of the parameters with gradients lack, after a look at the gradients."""

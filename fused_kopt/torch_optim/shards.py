@@ -63,11 +63,22 @@ def vector(param: Any, numbers: Tensor, length: int) -> Any:
     return sharded().from_local(numbers, param.device_mesh, param.placements, run_check=False, shape=shape, stride=stride)
 
 
+def check_norms(params: Sequence[Any]) -> None:
+    """Raises ValueError for parameters of which this rank cannot know a norm."""
+    for param in params:
+        what = f"A parameter {tuple(param.shape)}"
+        if getattr(param, "_fsdp_flattened", False):  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED
+            raise ValueError(f"{what} is what FSDP1 made of others, which limits on norms do not see. Use its clip_grad_norm_ instead.")
+        if isinstance(param, sharded()) and param.device_mesh.get_coordinate() is None:
+            raise ValueError(f"{what} lies on other ranks only, and limits on norms need them. Leave it out of this rank's optimizer.")
+        if isinstance(param, sharded()) and any(placement.is_partial() for placement in param.placements):
+            raise ValueError(f"{what} is placed as {param.placements}, a sum that limits on norms do not see. Use Shard or Replicate.")
+
+
 class Shards:
     """Which ranks have the other shards of some parameters, and sums over them.
 
     Nothing here depends on what a rank has: ranks that give the same parameters in the same order call the same collectives.
-    Raises ValueError for parameters of which this rank cannot know a norm.
     """
 
     def __init__(self, params: Sequence[Any]) -> None:
@@ -100,13 +111,9 @@ class Shards:
 
 def _groups(param: Any) -> Groups:
     """The process groups over which a parameter is sharded."""
-    if not isinstance(param, sharded()):
+    if not isinstance(param, sharded()) or param.device_mesh.get_coordinate() is None:
         return ()
     mesh = param.device_mesh
-    if mesh.get_coordinate() is None:
-        raise ValueError(f"This rank is not in the mesh of a parameter {tuple(param.shape)}, and cannot know its norm. Leave it out.")
-    if any(placement.is_partial() for placement in param.placements):
-        raise ValueError(f"A parameter {tuple(param.shape)} is placed as {param.placements}. Use Shard or Replicate.")
     return tuple(mesh.get_group(dim) for dim, p in enumerate(param.placements) if not p.is_replicate() and mesh.size(dim) > 1)
 
 
