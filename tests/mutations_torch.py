@@ -5,6 +5,7 @@ from mutations import group
 STEPS, ERRORS = "test_torch_optim.py", "test_torch_optim_errors.py"
 STATE, HOSTS = "test_torch_optim_state.py", "test_torch_optim_hosts.py"
 PRECISION = "test_torch_optim_precision.py"
+SHARDS, RANKS = "test_shards.py", "test_host_distributed.py"
 FOLDER = "fused_kopt/torch_optim/"
 
 TORCH = (
@@ -78,6 +79,28 @@ TORCH = (
             "borrower.prepare(task, given))",
             "borrower.prepare(task, given)() or (lambda: None))",
         ),
+    ),
+    *group(
+        SHARDS,
+        FOLDER + "shards.py",
+        ("replicas count twice", "_groups", "not p.is_replicate() and ", ""),
+        ("every shard begins at 0", "start", "before += offset", "before += 0"),
+        ("columns begin as rows do", "start", "math.prod(chunk.sizes[:dim])", "1"),
+        ("uneven rows have scales", "divides", "param.shape[0] % parts == 0", "True"),
+    ),
+    *group(
+        RANKS,
+        FOLDER + "shards.py",
+        ("squares in the order of groups", "whole", "if len(squares) > 1:", "if False:"),
+        ("a kind is not added up", "total", "there[which]", "there[which] & (which > 0)"),
+    ),
+    *group(
+        RANKS,
+        FOLDER + "members.py",
+        ("positions after this rank's shards", "_positions", "param.numel() // layout", "shards.local([param])[0].numel() // layout"),
+        ("a rank's zeros are a dummy step", "moves", ".agree(mine) if self.sharded else mine", ".agree(mine) and mine"),
+        ("placements looked at once", "local", "not all(map(is_, specs, self._fit))", "not self._fit"),
+        ("squares of those who are absent", "_others", "np.flatnonzero(~absent)", "np.arange((~absent).sum())"),
     ),
     *group(
         ERRORS,

@@ -20,6 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fused_kopt import collectives, torch_optim
 from fused_kopt.borrowed import Borrowed, Borrower, Task
+from fused_kopt.errors import PeerError
 from fused_kopt.precision import Precision
 from fused_kopt.torch_optim import shards
 
@@ -143,6 +144,29 @@ def test_what_is_sharded_over_what() -> None:
         ranks = [[sorted(dist.get_process_group_ranks(group)) for group in kind] for kind in found.kinds]
         assert ranks == [[], [[0, 3]], [[3, 4, 5]], [[0, 3], [3, 4, 5]]]
         assert found.which.tolist() == [0, 0, 1, 2, 3]
+
+
+def test_a_rank_that_is_gone_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    with rank_of(0, 2):
+        mesh = init_device_mesh("cpu", (2,))
+        params = [distribute_tensor(torch.ones(3), mesh, [Shard(0)], src_data_rank=None).requires_grad_() for _ in range(2)]
+        groups = [{"params": params[:1]}, {"params": params[1:], "momentum": 0.9}]  # two rules: two launches
+        optimizer = torch_optim.SGD(groups, lr=0.1, clipnorm=1.0)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+
+        def everything() -> list[Any]:
+            return [bits(t) for p in params for t in shards.local([p.detach(), *optimizer.state[p].values()])]
+
+        before = everything()
+        monkeypatch.setattr(dist, "all_reduce", broken)
+        with pytest.raises(PeerError, match=r"all-reduce among 2 ranks \(this is rank 0\) failed: Connection closed"):
+            optimizer.step()
+        assert_same(everything(), before)
 
 
 def test_norms_that_a_rank_cannot_know() -> None:

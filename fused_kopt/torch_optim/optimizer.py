@@ -64,7 +64,8 @@ class Optimizer(Contract):
         closure: computes the loss and its gradients; called once, before anything else. Returns what it returns.
 
         Raises TypeError for sparse or integer gradients, ValueError for shapes or devices that differ and shared memory, each with
-        the parameter's name; RuntimeError inside a CUDA graph capture. Nothing has been written then.
+        the parameter's name; RuntimeError inside a CUDA graph capture; errors.PeerError where a norm needs a rank that is gone. Nothing
+        has been written then.
         """
         loss = None
         if closure is not None:
