@@ -60,8 +60,8 @@ TORCH = (
     *group(
         STATE,
         FOLDER + "optimizer.py",
-        ("the dummy step counts", "_members", "not self.state and self._dummy(grads)", "False"),
-        ("a warm-up from 0 does not count", "_dummy", "return still and not any", "return still or not any"),
+        ("the dummy step counts", "_begin", "not self.state and self._dummy(found, grads)", "False"),
+        ("a warm-up from 0 does not count", "_dummy", "and not found.moves(grads)", "or not found.moves(grads)"),
     ),
     *group(
         HOSTS,
