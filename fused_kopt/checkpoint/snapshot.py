@@ -35,6 +35,8 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
     with optimizer._lock:
         if optimizer._torn:
             raise TornStepError("The last step was interrupted: some variables were updated, others not. Restore an older checkpoint.")
+        if optimizer._stages:
+            raise ValueError("This optimizer is sharded or offloaded: no rank has all of its state. Use fused_kopt.distributed.save.")
         state = optimizer._state
         names = {id(tensor): name for name, tensor in known.items()}
         owned = {name: {slot: _copy(view) for slot, view in views.items()} for name, views in _views(optimizer, names).items()}
@@ -185,7 +187,7 @@ def _schema(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tenso
 def _planned(optimizer: Optimizer, variable: Tensor) -> dict[str, Tensor]:
     """The slots that a variable will get, or the parts that its precision policy stores them in; on the meta device."""
     place = optimizer._state.bucket(variable)
-    parts = slots.flatten(place.policy.groups(variable.dtype, optimizer.slot_groups()))
+    parts = slots.flatten(place.policy.groups(variable.dtype, optimizer._all_slots()))
     return {part.name: torch.empty(part.shape(variable), dtype=part.stored or place.compute, device="meta") for part in parts}
 
 
