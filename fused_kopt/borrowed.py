@@ -172,7 +172,7 @@ def _launch(bucket: Bucket, members: Sequence[int], entries: Sequence[Entry], gi
     variables = [entries[p].variable for p in members]
     segments = layout.plan(variables)
     if given.positions is not None:
-        segments = [segment._replace(offset=given.positions[p]) for segment, p in zip(segments, members, strict=True)]
+        segments = [segment._replace(number=given.positions[p]) for segment, p in zip(segments, members, strict=True)]
     bucket.adopt(variables, segments, {})
     planes, rule = task.planes(bucket.dtype, len(given.slots)), task.around(bucket.dtype)
     bucket.kinds |= {plane.name: (plane.stored or bucket.stored, plane.group) for plane in planes}
