@@ -172,11 +172,11 @@ def test_a_rank_that_is_gone_leaves_everything_as_it_was(monkeypatch: pytest.Mon
 def test_norms_that_a_rank_cannot_know() -> None:
     with rank_of(3, 4):
         part = DTensor.from_local(torch.ones(3), init_device_mesh("cpu", (4,)), [Partial()], run_check=False)
-        with pytest.raises(ValueError, match=r"A parameter \(3,\) is placed as \(Partial\(sum\),\).*Use Shard or Replicate"):
+        with pytest.raises(ValueError, match=r"a parameter \(3,\) is placed as \(Partial\(sum\),\).*Use Shard or Replicate"):
             shards.check_norms([part])
         elsewhere = dist.DeviceMesh("cpu", [0, 1])
         param = DTensor.from_local(torch.ones(0), elsewhere, [Shard(0)], run_check=False, shape=torch.Size((4,)), stride=(1,))
-        with pytest.raises(ValueError, match=r"A parameter \(4,\) lies on other ranks only"):
+        with pytest.raises(ValueError, match=r"a parameter \(4,\) lies on other ranks only"):
             shards.check_norms([param])
         assert shards.Shards([param]).groups == []
 

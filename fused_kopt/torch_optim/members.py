@@ -85,7 +85,7 @@ class Members:
     def __init__(self, seen: Sighting, names: list[str]) -> None:
         self.seen, self.names = seen, names
         self.params = present(seen.params, seen.absent)
-        self.sharded = any(isinstance(param, shards.sharded()) for param in self.params)
+        self.sharded = any(isinstance(param, shards.sharded()) for param in seen.params)
         self.wide = np.array([param.dtype == torch.float64 for param in self.params])
         groups = np.array(present([i for i, size in enumerate(seen.sizes) for _ in range(size)], seen.absent))
         self.parts = [_part(rule, seen.rules, groups) for rule in dict.fromkeys(seen.rules[i] for i in groups)]

@@ -66,13 +66,21 @@ def vector(param: Any, numbers: Tensor, length: int) -> Any:
 def check_norms(params: Sequence[Any]) -> None:
     """Raises ValueError for parameters of which this rank cannot know a norm."""
     for param in params:
-        what = f"A parameter {tuple(param.shape)}"
-        if getattr(param, "_fsdp_flattened", False):  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED
-            raise ValueError(f"{what} is what FSDP1 made of others, which limits on norms do not see. Use its clip_grad_norm_ instead.")
-        if isinstance(param, sharded()) and param.device_mesh.get_coordinate() is None:
-            raise ValueError(f"{what} lies on other ranks only, and limits on norms need them. Leave it out of this rank's optimizer.")
-        if isinstance(param, sharded()) and any(placement.is_partial() for placement in param.placements):
-            raise ValueError(f"{what} is placed as {param.placements}, a sum that limits on norms do not see. Use Shard or Replicate.")
+        problem = _problem(param)
+        if problem:
+            raise ValueError(f"Limits on norms cannot be kept: a parameter {tuple(param.shape)} {problem}")
+
+
+def _problem(param: Any) -> str | None:
+    if getattr(param, "_fsdp_flattened", False):  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED
+        return "is what FSDP1 made of others. Use its clip_grad_norm_ instead."
+    if not isinstance(param, sharded()):
+        return None
+    if param.device_mesh.get_coordinate() is None:
+        return "lies on other ranks only. Leave it out of this rank's optimizer."
+    if any(placement.is_partial() for placement in param.placements):
+        return f"is placed as {param.placements}, a sum. Use Shard or Replicate."
+    return None
 
 
 class Shards:
