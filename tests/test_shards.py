@@ -187,7 +187,7 @@ def test_norms_that_a_rank_cannot_know() -> None:
         ((4, 32), [Shard(0), Shard(0)], False),
         ((4, 64), [Shard(0), Shard(0)], True),
         ((8, 32), [Shard(0), Shard(0)], True),
-        ((6, 64), [Shard(0), Shard(0)], False),
+        ((6, 128), [Shard(0), Shard(0)], False),
         ((6, 64), [Replicate(), Shard(0)], True),
         ((64, 64), [Replicate(), Shard(1)], False),
         ((64, 64), [_StridedShard(0, split_factor=2), Shard(0)], False),
