@@ -29,6 +29,10 @@ class Across(Protocol):
         `each`, else the sum over everything as its one element.
         """
 
+
+class Everywhere(Across, Protocol):
+    """Where every rank has parts of all variables: adds up what is measured of a step, too."""
+
     def add(self, sums: Sums) -> None:
         """Make a step's sums of this rank those of all."""
 

@@ -37,6 +37,6 @@ class Squares:
         return [every[numbers.to(home)].to(s.device) for numbers, s in zip(self._numbers, squares, strict=True)], [every]
 
     def add(self, sums: Sums) -> None:
-        """See clipping.Across."""
+        """See clipping.Everywhere."""
         for tensor in sums.all():
             collectives.reduce(tensor, self._group)()
