@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -39,6 +40,9 @@ class Provenance:
     keras: str
     copy_gb_per_s: float
     """The best of a plain stream in this run: triad on CPU, copy on a GPU."""
+
+
+P = TypeVar("P", bound=Provenance)
 
 
 @dataclass(frozen=True)
@@ -134,12 +138,17 @@ def append(folder: Path, rows: Iterable[Provenance]) -> None:
             writer.writerows(([names] if new else []) + [list(astuple(item))])
 
 
-def read(path: Path) -> list[Row]:
+def read_as(kind: type[P], path: Path) -> list[P]:
     """The rows of a file, in order."""
-    types = {field.name: {"int": int, "float": float, "str": str}[getattr(field.type, "__name__", "str")] for field in fields(Row)}
+    types = {field.name: {"int": int, "float": float, "str": str}[getattr(field.type, "__name__", "str")] for field in fields(kind)}
     check_header(path, list(types))
     with path.open(newline="", encoding="utf-8") as file:
-        return [Row(**{name: types[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+        return [kind(**{name: types[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+
+
+def read(path: Path) -> list[Row]:
+    """The steps of all providers that a file has, in order."""
+    return read_as(Row, path)
 
 
 def read_all(folder: Path) -> list[Row]:
