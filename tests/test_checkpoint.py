@@ -84,7 +84,7 @@ train(optimizer, named, 0, 5)
 def stuck(path, flags):
     print("written", flush=True)
     time.sleep(60)
-storage._sync = stuck
+storage.sync = stuck
 checkpoint.save(sys.argv[1], optimizer, named)
 """
 

@@ -33,28 +33,36 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
     """
     known, scale, optimizer = named(variables), scaling.live(optimizer), scaling.inner(optimizer)
     with optimizer._lock:
-        if optimizer._torn:
-            raise TornStepError("The last step was interrupted: some variables were updated, others not. Restore an older checkpoint.")
+        refuse_torn(optimizer)
         state = optimizer._state
         names = {id(tensor): name for name, tensor in known.items()}
-        owned = {name: {slot: _copy(view) for slot, view in views.items()} for name, views in _views(optimizer, names).items()}
+        owned = {name: {slot: _copy(view) for slot, view in views.items()} for name, views in slot_views(optimizer, names).items()}
         return Checkpoint(
             type(optimizer).__name__,
             optimizer.get_config(),
             state.steps_taken(),
             owned,
-            {name: _copy(value) for name, value in (_extra(optimizer) | scale).items()},
+            {name: _copy(value) for name, value in (extras(optimizer) | scale).items()},
             {name: _copy(value) for name, value in known.items()} if with_values else {},
             {names[i]: {MULTIPLIER: m} for i, (_, m) in optimizer._multipliers.items() if i in names},
         )
+
+
+def refuse_torn(optimizer: Optimizer) -> None:
+    """Raises TornStepError after an interrupted step."""
+    if optimizer._torn:
+        raise TornStepError("The last step was interrupted: some variables were updated, others not. Restore an older checkpoint.")
 
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _views(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Tensor]]:
-    """Variable name -> slot name -> the live slot; variables in the order in which they got slots, then those without any."""
+def slot_views(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Tensor]]:
+    """Variable name -> slot name -> the live slot; variables in the order in which they got slots, then those without any.
+
+    names: the variables', by their ids.
+    """
     state = optimizer._state
     place = {id(weight): position for position, weight in enumerate(state.weights)}
     found: list[tuple[int, int, str, Tensor]] = []
@@ -76,7 +84,7 @@ def _views(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, dict[str
     return made | {name: {} for name in names.values() if name not in made}
 
 
-def _extra(optimizer: Optimizer) -> dict[str, Tensor]:
+def extras(optimizer: Optimizer) -> dict[str, Tensor]:
     """The weights that are neither iterations nor slots, by the attribute that holds them: Nadam's cache."""
     listed = {id(weight) for weight in optimizer.weights} - {id(optimizer._state.iterations)}
     return {name.lstrip("_"): value for name, value in vars(optimizer).items() if isinstance(value, Tensor) and id(value) in listed}
@@ -126,6 +134,14 @@ def restore(checkpoint: Checkpoint, optimizer: Optimizer, variables: Variables, 
             scale[name].fill_(value.item())
 
 
+def check(checkpoint: Checkpoint, optimizer: Optimizer, variables: Variables, settings: bool = True) -> None:
+    """Raises what `restore` would raise, values of variables aside. Of the tensors only shapes and dtypes are looked at."""
+    known, values = named(variables), scaling.taken(checkpoint, optimizer)
+    optimizer, checkpoint = scaling.inner(optimizer), scaling.without(checkpoint) if values else checkpoint
+    with optimizer._lock:
+        _check(checkpoint, optimizer, known, settings)
+
+
 def _check(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], settings: bool) -> Optimizer | None:
     """An optimizer with the checkpoint's settings, if they are wanted. Raises CheckpointError for everything that does not fit."""
     cls = type(optimizer).__name__
@@ -165,7 +181,7 @@ def _twin(checkpoint: Checkpoint, optimizer: Optimizer) -> Optimizer:
 
 def _schema(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
     """What the checkpoint has, and what the optimizer has or will create, by "slot of variable", as dtypes and shapes."""
-    live = _views(optimizer, {id(tensor): name for name, tensor in known.items()})
+    live = slot_views(optimizer, {id(tensor): name for name, tensor in known.items()})
     found: dict[str, Tensor] = {}
     expected: dict[str, Tensor] = {}
     for name, values in checkpoint.slots.items():
@@ -175,7 +191,7 @@ def _schema(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tenso
         expected |= {f"{slot} of {name}": value for slot, value in wanted.items()}
         found |= {f"{slot} of {name}": value for slot, value in values.items()}
     first = next((known[name] for name, values in checkpoint.slots.items() if values), None)
-    extra = _extra(optimizer) or ({} if first is None else _new_extra(optimizer, first))
+    extra = extras(optimizer) or ({} if first is None else _new_extra(optimizer, first))
     expected |= extra
     found |= checkpoint.extra
     shown = {n: tables.shown(_taken(v, expected[n].dtype, checkpoint.source) if n in expected else v) for n, v in found.items()}
@@ -199,7 +215,7 @@ def _new_extra(optimizer: Optimizer, first: Tensor) -> dict[str, Tensor]:
     """The extra weights that a first step on `first` would create."""
     probe = type(optimizer).from_config(optimizer.get_config())
     probe.build([torch.zeros((), dtype=first.dtype)])
-    return _extra(probe)
+    return extras(probe)
 
 
 def _check_values(checkpoint: Checkpoint, known: dict[str, Tensor], with_values: bool) -> None:
@@ -217,11 +233,11 @@ def _adopt(optimizer: Optimizer, twin: Optimizer) -> None:
 
 @torch.no_grad()
 def _write(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], with_values: bool) -> None:
-    live = _views(optimizer, {id(tensor): name for name, tensor in known.items()})
+    live = slot_views(optimizer, {id(tensor): name for name, tensor in known.items()})
     for name, values in checkpoint.slots.items():
         for slot, value in values.items():
             live[name][slot].copy_(value)
-    extra = _extra(optimizer)
+    extra = extras(optimizer)
     for name, value in checkpoint.extra.items():
         extra[name].copy_(value)
     for name, value in checkpoint.variables.items() if with_values else ():

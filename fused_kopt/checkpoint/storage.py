@@ -27,14 +27,14 @@ def replacing(path: FilePath) -> Iterator[Path]:
     temporary.touch(exist_ok=False)  # an OSError of ours where nothing can be written
     try:
         yield temporary
-        _sync(temporary, os.O_RDWR)
+        sync(temporary, os.O_RDWR)
         os.replace(temporary, target)
-        _sync(target.parent, os.O_RDONLY)
+        sync(target.parent, os.O_RDONLY)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path, flags: int) -> None:
+def sync(path: Path, flags: int) -> None:
     if path.is_dir() and os.name == "nt":  # Windows opens no folders
         return
     handle = os.open(path, flags)

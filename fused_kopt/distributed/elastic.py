@@ -1,0 +1,204 @@
+"""Checkpoints of many ranks: saved by any number of them, resumed by any other, in the background if need be.
+
+A folder has versions, each complete or none, and a pointer to the newest, which is replaced as one.
+"""
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from torch.distributed.checkpoint.planner import SavePlan
+
+from fused_kopt import collectives
+from fused_kopt.checkpoint import snapshot, tables
+from fused_kopt.checkpoint.neutral import Variables, named
+from fused_kopt.checkpoint.storage import FilePath
+from fused_kopt.collectives import Group
+from fused_kopt.distributed import elastic_files, elastic_pieces, elastic_versions
+from fused_kopt.distributed import elastic_ranks as ranks
+from fused_kopt.distributed.elastic_files import Chunk
+from fused_kopt.distributed.elastic_pieces import Blank, Captured
+from fused_kopt.errors import CheckpointError
+from fused_kopt.optimizer import Optimizer
+
+logger = logging.getLogger("fused_kopt")
+
+
+def save(folder: FilePath, optimizer: Optimizer, variables: Variables, group: Group = None, with_values: bool = False) -> None:
+    """Write a checkpoint of an optimizer that all ranks have, or have parts of. Every rank of the group calls it.
+
+    Each rank writes its pieces; of what all have, an equal part. The checkpoint does not depend on how many ranks there were. It is a new
+    folder `version-...` in `folder`; once all of it is on the disk, the file `latest` names it. Whoever is killed before has left the
+    version before. The newest two are kept.
+
+    Args:
+        folder: of this run alone, on a file system that all ranks share.
+        optimizer: any fused_kopt optimizer, sharded or not, perhaps in a LossScaleOptimizer.
+        variables: (name, tensor) pairs, such as `model.named_parameters()`; all that the optimizer has slots for, on every rank.
+        group: the ranks that share the optimizer. Default: all; without torch.distributed this process alone.
+        with_values: also write the variables' values.
+
+    Raises TornStepError after an interrupted step, ValueError where a slot's variable has no name, CheckpointError where ranks differ or
+    settings are not JSON, PeerError where another rank failed, OSError; on all ranks. `latest` is as it was then.
+    """
+    Saving.wait_for_last()
+    _commit(Path(folder), lambda: elastic_pieces.capture(optimizer, named(variables), group, with_values), group)
+
+
+def async_save(folder: FilePath, optimizer: Optimizer, variables: Variables, group: Group = None, with_values: bool = False) -> "Saving":
+    """`save` in the background: the state is copied to the CPU's memory, then training may go on.
+
+    Ranks talk over gloo, in a group of their own, so that their messages never meet those of a step. One save is under way at a time: the
+    next one waits for it, and so does `load`. Arguments: as for `save`. What `save` raises comes out of the result's `wait`; wait for
+    the last one before the process group is destroyed.
+    """
+    Saving.wait_for_last()
+    captured: Future[Captured] = Future()
+    try:
+        captured.set_result(elastic_pieces.capture(optimizer, named(variables), group, with_values))
+    except Exception as error:  # for all ranks, which are about to meet
+        captured.set_exception(error)
+    beside = ranks.beside(group)
+    return Saving(lambda: _commit(Path(folder), captured.result, beside))
+
+
+class Saving:
+    """A save under way."""
+
+    _last: "ClassVar[Saving | None]" = None
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), name="fused_kopt-save")
+        Saving._last = self
+        self._thread.start()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # for `wait`
+            self._error = error
+            logger.error("A checkpoint was not saved: %s", error)
+
+    def wait(self) -> None:
+        """Until the checkpoint is on the disk. Raises what kept it from getting there."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    @staticmethod
+    def wait_for_last() -> None:
+        """Until no save of this process is under way. Raises nothing of theirs."""
+        if Saving._last is not None:
+            Saving._last._thread.join()
+
+
+def load(
+    folder: FilePath, optimizer: Optimizer, variables: Variables, group: Group = None, settings: bool = True, with_values: bool = False
+) -> None:
+    """Read an optimizer's state from the newest checkpoint of `save`. Every rank of the group calls it; there may be more or fewer now.
+
+    Args:
+        folder: as for `save`; or one `version-...` folder in it.
+        optimizer: of the class that was saved, sharded or not; its slots are created if it has none yet.
+        variables: (name, tensor) pairs with exactly the names, shapes, dtypes and strides that were saved.
+        group: as for `save`.
+        settings: restore hyperparameters too, as for `fused_kopt.checkpoint.load`.
+        with_values: also write the variables' values.
+
+    All files' checksums are compared first. torch.distributed.checkpoint's own `.metadata` is a pickle: load only what you trust.
+
+    Raises CheckpointError, with a table of what differs, where there is no checkpoint, a file is damaged or something does not fit;
+    PeerError where that is so on another rank; OSError. Nothing has been written then on any rank.
+    """
+    Saving.wait_for_last()
+    rank, known = collectives.rank(group), ranks.on_all(lambda: named(variables), group)
+    version, schema = ranks.on_first(lambda: elastic_versions.newest(Path(folder)), group)
+
+    def check() -> None:
+        elastic_pieces.check(schema.state, optimizer, known, settings, with_values)
+        elastic_files.verify(version, dict(list(schema.files.items())[rank :: collectives.size(group)]))
+
+    def read() -> tuple[Blank, dict[str, Chunk]]:
+        blank = elastic_pieces.blank(schema.state, optimizer, known, "cpu")
+        values = elastic_pieces.blank_values(known) if with_values else {}
+        elastic_files.read(version, blank.chunks | values)
+        return blank, values
+
+    ranks.on_all(check, group)
+    blank, values = ranks.on_all(read, group)
+
+    def write() -> None:
+        snapshot.restore(blank.checkpoint, optimizer, blank.known, settings)
+        elastic_pieces.write_values(values, known)
+
+    ranks.on_all(write, group)
+
+
+# A checkpoint's course.
+
+
+class _Told(NamedTuple):
+    """What ranks tell each other before a save."""
+
+    digest: str
+    """Of what must be the same on all."""
+    own: dict[str, dict[str, Any]]
+    plan: SavePlan
+    version: Path | None
+
+
+def _commit(folder: Path, captured: Callable[[], Captured], group: Group) -> None:
+    """Write what every rank has captured as a new version, and point to it."""
+    rank = collectives.rank(group)
+    shares: list[Captured] = []
+
+    def prepare() -> _Told:
+        shares.append(captured())
+        mine = shares[0]
+        plan = elastic_files.planned(mine.chunks)
+        return _Told(_digest(mine.common), mine.own, plan, elastic_versions.begun(folder) if rank == 0 else None)
+
+    told = ranks.gathered(prepare, group)
+    version, mine = told[0].version, shares[0]
+    assert version is not None
+    if len({each.digest for each in told}) > 1:
+        _refuse(ranks.gathered(lambda: mine.common, group))
+    state = elastic_pieces.merged(mine.common, [each.own for each in told])
+    plans, metadata = elastic_files.joined([each.plan for each in told])
+    written = ranks.gathered(lambda: elastic_files.write(version, mine.chunks, plans, rank), group)
+
+    def publish() -> None:
+        elastic_files.finish(version, metadata, written, state)
+        elastic_versions.publish(version)
+
+    ranks.on_first(publish, group)
+
+
+def _digest(common: dict[str, Any]) -> str:
+    """Of what must be the same on every rank; optimizers may have different names."""
+    try:
+        text = json.dumps(common | {"config": common["config"] | {"name": ""}})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"The configuration of this {common['class_name']} cannot be written as JSON: {error}") from error
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _refuse(commons: list[dict[str, Any]]) -> None:
+    """Raises CheckpointError for the first rank that differs from rank 0."""
+    first = _lines(commons[0])
+    for rank, common in enumerate(commons):
+        tables.refuse_unless(tables.rows(_lines(common), first), f"Rank {rank} (found) has something else to save than rank 0 (expected):")
+
+
+def _lines(common: dict[str, Any]) -> dict[str, str]:
+    """What is the same on every rank, entry by entry."""
+    found = {"class_name": common["class_name"], "iterations": common["iterations"], "with_values": common["values"]}
+    for kind in ("config", "variables", "slots"):
+        found |= {f"{kind}: {name}": value for name, value in common[kind].items() if name != "name" or kind != "config"}
+    return {name: str(value) for name, value in found.items()}

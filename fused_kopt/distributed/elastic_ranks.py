@@ -1,0 +1,57 @@
+"""What ranks tell each other about a checkpoint: an error on one is an error on all."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from fused_kopt import collectives
+from fused_kopt.collectives import Group
+from fused_kopt.errors import CheckpointError, PeerError
+
+T = TypeVar("T")
+
+
+def gathered(work: Callable[[], T], group: Group) -> list[T]:
+    """What `work` returns on every rank. Where it raises on one, all raise: a CheckpointError if it is one, else the others a PeerError."""
+    value, failure = None, None
+    try:
+        value = work()
+    except Exception as error:  # raised again below, once the others know
+        failure = error
+    text = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    mine = (value, text, CheckpointError if isinstance(failure, CheckpointError) else PeerError)
+    told: list[Any] = [mine] if collectives.size(group) == 1 else collectives.objects(mine, group)
+    if failure is not None:
+        raise failure
+    for rank, (_, text, kind) in enumerate(told):
+        if text:
+            raise kind(f"Rank {rank} failed. {text}")
+    return [value for value, *_ in told]
+
+
+def on_all(work: Callable[[], T], group: Group) -> T:
+    """What `work` returns here, once it has returned on every rank. Where it raises on one, all raise."""
+    found: list[T] = []
+    gathered(lambda: found.append(work()), group)
+    return found[0]
+
+
+def on_first(work: Callable[[], T], group: Group) -> T:
+    """What `work` returns on the first rank, where alone it is called. Where it raises, all raise."""
+    return gathered(lambda: [work()] if collectives.rank(group) == 0 else [], group)[0][0]
+
+
+_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = weakref.WeakKeyDictionary()
+
+
+def beside(group: Group) -> Group:
+    """A group of the same ranks over gloo, for a thread's messages; made once."""
+    if collectives.size(group) == 1:
+        return group
+    key = group or dist.group.WORLD
+    assert key is not None
+    if key not in _groups:
+        _groups[key] = dist.new_group(dist.get_process_group_ranks(key), backend="gloo", use_local_synchronization=True)
+    return _groups[key]
