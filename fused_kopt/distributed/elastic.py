@@ -181,9 +181,9 @@ def _commit(folder: Path, captured: Callable[[], Captured], group: Group) -> Non
 
 
 def _digest(common: dict[str, Any]) -> str:
-    """Of what must be the same on every rank; optimizers may have different names."""
+    """Of what must be the same on every rank."""
     try:
-        text = json.dumps(common | {"config": common["config"] | {"name": ""}})
+        text = json.dumps(common)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"The configuration of this {common['class_name']} cannot be written as JSON: {error}") from error
     return hashlib.sha256(text.encode()).hexdigest()
@@ -200,5 +200,5 @@ def _lines(common: dict[str, Any]) -> dict[str, str]:
     """What is the same on every rank, entry by entry."""
     found = {"class_name": common["class_name"], "iterations": common["iterations"], "with_values": common["values"]}
     for kind in ("config", "variables", "slots"):
-        found |= {f"{kind}: {name}": value for name, value in common[kind].items() if name != "name" or kind != "config"}
+        found |= {f"{kind}: {name}": value for name, value in common[kind].items()}
     return {name: str(value) for name, value in found.items()}

@@ -98,7 +98,7 @@ def capture(optimizer: Optimizer, variables: Mapping[str, Tensor], group: Group,
         known = names | {id(variable): name for name, variable in variables.items()}
         common = {
             "class_name": type(optimizer).__name__,
-            "config": optimizer.get_config(),
+            "config": {key: value for key, value in optimizer.get_config().items() if key != "name"},
             "iterations": optimizer._state.steps_taken(),
             "variables": {name: described(variable) for name, variable in variables.items()},
             "values": with_values,

@@ -1,0 +1,486 @@
+"""What processes over gloo check of elastic checkpoints, bit for bit. test_elastic.py runs this file.
+
+One process imports torch and forks the ranks: 30 runs of up to 8 ranks take seconds.
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from support import RULES, build
+from torch import Tensor
+
+from fused_kopt import checkpoint, precision
+from fused_kopt.distributed import elastic
+from fused_kopt.errors import CheckpointError, PeerError, TornStepError
+from fused_kopt.mixed_precision import LossScaleOptimizer
+from fused_kopt.optimizer import Optimizer
+
+WORLDS = (1, 2, 3, 4, 8)
+CHECKS: dict[str, Callable[[Path], None]] = {}
+Named = dict[str, Tensor]
+
+
+def checks(*cases: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a function of a folder once per case."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        for case in cases:
+            CHECKS[f"{function.__name__}[{'-'.join(map(str, case))}]"] = lambda folder, case=case: function(folder, *case)
+        return function
+
+    return register
+
+
+def on_ranks(ranks: int, work: Callable[[int], None]) -> None:
+    """Runs `work` in processes of one group; without one for 0 ranks, in one process. Raises with what they raised."""
+    folder = Path(tempfile.mkdtemp())
+    for child in forked(ranks, work, folder):
+        os.waitpid(child, 0)
+    errors = [(folder / f"error-{rank}").read_text() for rank in range(max(ranks, 1))]
+    assert not any(errors), "\n".join(errors)
+
+
+def forked(ranks: int, work: Callable[[int], None], folder: Path | None = None) -> list[int]:
+    """The processes of `on_ranks`."""
+    folder = folder or Path(tempfile.mkdtemp())
+    return [os.fork() or _rank(folder, rank, ranks, work) for rank in range(max(ranks, 1))]
+
+
+def _rank(folder: Path, rank: int, ranks: int, work: Callable[[int], None]) -> int:
+    text = ""
+    try:
+        if ranks:
+            store = dist.FileStore(str(folder / "store"), ranks)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+        work(rank)
+        if ranks:
+            dist.barrier()
+            dist.destroy_process_group()
+    except BaseException:
+        text = f"rank {rank}:\n{traceback.format_exc()}"
+    finally:
+        (folder / f"error-{rank}").write_text(text)
+        os._exit(0)
+
+
+def variables(dtype: torch.dtype, seed: int = 0) -> Named:
+    """Of one element, of none, of no whole groups of 64, in another order than row-major."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = {"scalar": (), "none": (0, 3), "bias": (5,), "matrix": (40, 13), "long": (1000,)}
+    made = {name: torch.randn(shape, generator=random).to(dtype) for name, shape in shapes.items()}
+    image = torch.randn(6, 5, 3, 3, generator=random).to(dtype).contiguous(memory_format=torch.channels_last)
+    return {**made, "image": image, "idle": torch.randn(70, generator=random).to(dtype)}
+
+
+def step(optimizer: Optimizer, named: Named, number: int) -> None:
+    """A step on all but one, with gradients that depend on its number."""
+    random = torch.Generator().manual_seed(100 + number)
+    pairs = [(torch.randn(v.shape, generator=random).to(v.dtype), v) for name, v in named.items() if name != "idle"]
+    apply = getattr(optimizer, "apply_scaled_gradients", optimizer.apply_gradients)
+    apply(pairs, experimental_aggregate_gradients=False)
+
+
+def content(optimizer: Optimizer, named: Named) -> dict[str, Any]:
+    """All state by name, and the order of the weights."""
+    found = checkpoint.capture(optimizer, named, with_values=True)
+    config = {key: value for key, value in found.config.items() if key != "name"}
+    return {**vars(found), "config": config, "weights": [w.clone() for w in optimizer.weights]}
+
+
+def assert_same(found: Any, expected: Any, path: str = "") -> None:
+    if isinstance(expected, Mapping):
+        assert list(found) == list(expected), path
+        for key in expected:
+            assert_same(found[key], expected[key], f"{path}/{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), path
+        for index, value in enumerate(expected):
+            assert_same(found[index], value, f"{path}/{index}")
+    elif isinstance(expected, Tensor):
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), path
+        assert torch.equal(found, expected), path
+    else:
+        assert found == expected, path
+
+
+# Policies by name, with the dtype of variables for which they have a meaning.
+POLICIES: dict[str, tuple[Any, torch.dtype]] = {
+    **{name: (name, torch.bfloat16) for name in precision.NAMED},
+    "float32 variables": ("float32", torch.float32),
+    "float64 variables": ("float32", torch.float64),
+    "float16 variables": ("float32", torch.float16),
+    "float8": (precision.Precision(slots="float8_e4m3"), torch.float32),
+}
+
+
+def made(rule: str, policy: str, scaled: bool = False) -> tuple[Any, torch.dtype]:
+    how, dtype = POLICIES[policy]
+    optimizer = build(rule, precision=how)
+    return (LossScaleOptimizer(optimizer, initial_scale=8.0) if scaled else optimizer), dtype
+
+
+# Save with some ranks, resume with others.
+
+
+@functools.cache
+def reference(rule: str, policy: str, steps: int) -> dict[str, Any]:
+    """The content after so many steps of one process."""
+    optimizer, dtype = made(rule, policy, scaled=True)
+    named = variables(dtype)
+    optimizer.scale_learning_rate([named["bias"]], 0.5)
+    for number in range(steps):
+        step(optimizer, named, number)
+    return content(optimizer, named)
+
+
+@functools.cache
+def saved(rule: str, policy: str, ranks: int) -> str:
+    """A folder with a checkpoint after 2 steps."""
+    folder = tempfile.mkdtemp()
+
+    def work(_: int) -> None:
+        optimizer, dtype = made(rule, policy, scaled=True)
+        named = variables(dtype)
+        optimizer.scale_learning_rate([named["bias"]], 0.5)
+        for number in range(2):
+            step(optimizer, named, number)
+        elastic.save(folder, optimizer, named, with_values=True)
+
+    on_ranks(ranks, work)
+    return folder
+
+
+@checks(*(("adam", "bf16_8bit", before, after) for before in (0, *WORLDS) for after in (0, *WORLDS)))
+def replicas_resume(_: Path, rule: str, policy: str, before: int, after: int) -> None:
+    folder = saved(rule, policy, before)
+    expected = [reference(rule, policy, steps) for steps in (2, 4)]
+
+    def work(_: int) -> None:
+        optimizer, dtype = made(rule, policy, scaled=True)
+        named = variables(dtype, seed=1)
+        elastic.load(folder, optimizer, named, with_values=True)
+        assert_same(content(optimizer, named), expected[0])
+        for number in (2, 3):
+            step(optimizer, named, number)
+        assert_same(content(optimizer, named), expected[1])
+
+    on_ranks(after, work)
+
+
+@functools.cache
+def valid() -> dict[tuple[str, str], dict[str, Any]]:
+    """The content after one step by rule and policy, where the two go together."""
+    found = {}
+    for rule in RULES:
+        for policy in POLICIES:
+            optimizer, dtype = made(rule, policy)
+            named = variables(dtype)
+            try:
+                step(optimizer, named, 0)
+            except ValueError as error:  # a centered RMSprop in few bits
+                assert "centered" in str(error)
+            else:
+                found[(rule, policy)] = content(optimizer, named)
+    assert len(found) > 150
+    return found
+
+
+@checks((2, 3))
+def every_rule_and_policy(folder: Path, before: int, after: int) -> None:
+    expected = valid()
+
+    def save(_: int) -> None:
+        for rule, policy in expected:
+            optimizer, dtype = made(rule, policy)
+            named = variables(dtype)
+            step(optimizer, named, 0)
+            elastic.save(folder / rule / policy, optimizer, named, with_values=True)
+
+    def load(_: int) -> None:
+        for (rule, policy), content_before in expected.items():
+            optimizer, dtype = made(rule, policy)
+            named = variables(dtype, seed=1)
+            elastic.load(folder / rule / policy, optimizer, named, with_values=True)
+            assert_same(content(optimizer, named), content_before, f"{rule} {policy}")
+
+    on_ranks(before, save)
+    on_ranks(after, load)
+
+
+# What is refused is refused on every rank, and nothing has changed.
+
+
+def _unlike(named: Named) -> dict[str, tuple[Any, Named, str]]:
+    """Optimizers and variables that do not fit a checkpoint of Adam with `named`, and words of the error."""
+    adam = functools.partial(build, "adam", precision="bf16_8bit")
+    image = named["image"].contiguous()
+    return {
+        "class": (build("nadam", precision="bf16_8bit"), named, "is of Adam, the optimizer is Nadam"),
+        "setting": (adam(epsilon=0.5), named, "epsilon"),
+        "precision": (build("adam"), named, "precision"),
+        "name": (adam(), {("other" if name == "bias" else name): v for name, v in named.items()}, "other"),
+        "missing": (adam(), {name: v for name, v in named.items() if name != "idle"}, "idle"),
+        "shape": (adam(), named | {"bias": torch.zeros(6).bfloat16()}, r"bfloat16 \[6\]"),
+        "dtype": (adam(), named | {"bias": torch.zeros(5)}, "float32"),
+        "strides": (adam(), named | {"image": image}, "strides"),
+        "values": (adam(), named, "with_values"),
+    }
+
+
+@checks(*(((case, odd)) for case in _unlike(variables(torch.bfloat16)) for odd in (0, 1)))
+def unlike_on_one_rank(folder: Path, case: str, odd: int) -> None:
+    def work(rank: int) -> None:
+        optimizer, named = build("adam", precision="bf16_8bit"), variables(torch.bfloat16)
+        step(optimizer, named, 0)
+        elastic.save(folder, optimizer, named, with_values=case != "values")
+        target, named, words = _unlike(named)[case]
+        if rank != odd and case != "values":
+            target, named = build("adam", precision="bf16_8bit"), variables(torch.bfloat16)
+        before = {name: v.clone() for name, v in named.items()}
+        with pytest.raises(CheckpointError, match=words):
+            elastic.load(folder, target, named, with_values=True)
+        assert target.weights == []
+        assert_same(named, before)
+
+    on_ranks(2, work)
+
+
+@checks(("torn",), ("name",), ("steps",), ("settings",), ("variables",), ("not JSON",))
+def unlike_to_save(folder: Path, case: str) -> None:
+    """On rank 1; what there was stays, and the next save takes no notice."""
+    kinds = {"torn": (TornStepError, PeerError), "name": (ValueError, PeerError)}
+
+    def work(rank: int) -> None:
+        optimizer, named = build("adam"), variables(torch.float32)
+        step(optimizer, named, 0)
+        elastic.save(folder, optimizer, named)
+        odd, given = build("adam", learning_rate=0.5 if case == "settings" else 0.001), dict(named)
+        step(odd, named, 0)
+        if case == "torn":
+            odd._torn = True
+        elif case == "steps":
+            step(odd, named, 1)
+        elif case == "name":
+            del given["long"]
+        elif case == "variables":
+            given["long"] = given["long"][:999]
+            odd = build("adam")
+        elif case == "not JSON":
+            odd.get_config = lambda: {"learning_rate": {1}}  # type: ignore[method-assign]
+        mine = (odd, given) if rank else (optimizer, named)
+        for save in (elastic.save, lambda *arguments: elastic.async_save(*arguments).wait()):
+            with pytest.raises(kinds.get(case, (CheckpointError,) * 2)[1 - rank]):
+                save(folder, *mine)
+            dist.barrier()
+            assert (folder / "latest").read_text() == "version-00000001"
+        elastic.save(folder, optimizer, named)
+        assert sorted(os.listdir(folder)) == ["latest", "version-00000001", "version-00000002"]
+
+    on_ranks(2, work)
+
+
+@checks(())
+def damage(folder: Path) -> None:
+    """Every file cut off, gone, or with one bit of another value; pointers to nothing."""
+
+    def work(rank: int) -> None:
+        optimizer, named = build("adam"), variables(torch.float32)
+        elastic.save(folder, optimizer, named)
+        step(optimizer, named, 0)
+        elastic.save(folder, optimizer, named)
+        version = folder / "version-00000002"
+        random = torch.Generator().manual_seed(0)
+        for file in sorted(version.iterdir()):
+            whole = file.read_bytes()
+            bits = torch.randint(8 * len(whole), (9,), generator=random).tolist()
+            flipped = [bytearray(whole) for _ in bits]
+            for content, bit in zip(flipped, bits, strict=True):
+                content[bit // 8] ^= 1 << bit % 8
+            for content in (None, b"", whole[:-1], whole[: len(whole) // 2], whole + b"x", *flipped):
+                dist.barrier()
+                if rank == 0:
+                    file.unlink() if content is None else file.write_bytes(content)
+                dist.barrier()
+                with pytest.raises(CheckpointError, match="version-00000002"):
+                    elastic.load(folder, build("adam"), named)
+            dist.barrier()
+            file.write_bytes(whole)
+        for text in ("version-00000003", "../elsewhere", "", "\xff"):
+            dist.barrier()
+            (folder / "latest").write_text(text)
+            dist.barrier()
+            with pytest.raises(CheckpointError, match="version-00000001"):
+                elastic.load(folder, build("adam"), named)
+        dist.barrier()
+        (folder / "latest").unlink(missing_ok=True)
+        dist.barrier()
+        with pytest.raises(CheckpointError, match="has no checkpoint"):
+            elastic.load(folder, build("adam"), named)
+        for older, steps in (("version-00000001", 0), ("version-00000002", 1)):
+            target = build("adam")
+            elastic.load(folder / older, target, named)
+            assert int(target.iterations) == steps
+
+    on_ranks(2, work)
+
+
+# In the background.
+
+
+@checks((0,), (2,))
+def steps_go_on_while_a_save_is_under_way(folder: Path, ranks: int) -> None:
+    def work(rank: int) -> None:
+        optimizer, dtype = made("nadam", "bf16_split", scaled=True)
+        named = variables(dtype)
+        for number in range(6):
+            step(optimizer, named, number)
+            before = content(optimizer, named)
+            saving = elastic.async_save(folder, optimizer, named, with_values=True)
+            step(optimizer, named, 100 + number)  # changes what was to be saved, were it not copied
+            if ranks:
+                dist.all_reduce(torch.ones(1000))  # on the group of training
+            other, _ = made("nadam", "bf16_split", scaled=True)
+            if number % 2:
+                saving.wait()
+            elastic.load(folder, other, (target := variables(dtype, seed=1)), with_values=True)
+            assert_same(content(other, target), before)
+
+    on_ranks(ranks, work)
+
+
+@checks(())
+def one_save_at_a_time(folder: Path) -> None:
+    def work(rank: int) -> None:
+        optimizer, named = build("adam"), variables(torch.float32)
+        savings = []
+        for number in range(5):
+            step(optimizer, named, number)
+            savings.append(elastic.async_save(folder, optimizer, named))
+            assert sum(saving._thread.is_alive() for saving in savings) <= 1
+        for saving in savings:
+            saving.wait()
+        assert (folder / "latest").read_text() == "version-00000005"
+        dist.barrier()
+        if rank == 0:
+            (folder / "latest").unlink()
+            (folder / "latest").mkdir()  # what cannot be replaced
+        with pytest.raises((OSError, PeerError)):
+            elastic.async_save(folder, optimizer, named).wait()
+
+    on_ranks(3, work)
+
+
+@checks(())
+def torch_can_read_it(folder: Path) -> None:
+    """The files are DCP's: its own `load` fills tensors, without this package."""
+
+    def work(_: int) -> None:
+        optimizer, named = build("adam"), variables(torch.bfloat16)
+        step(optimizer, named, 0)
+        elastic.save(folder, optimizer, named, with_values=True)
+        found = {"slot/m/matrix": torch.zeros(520), "variable/long": torch.zeros(1000, dtype=torch.bfloat16)}
+        dcp.load(found, checkpoint_id=folder / "version-00000001")
+        assert torch.equal(found["slot/m/matrix"], optimizer.get_slot(named["matrix"], "m").view(-1))
+        assert torch.equal(found["variable/long"], named["long"])
+
+    on_ranks(3, work)
+
+
+class Killed(NamedTuple):
+    """What was seen after a process group was killed."""
+
+    acknowledged: int
+    """Steps of the last save that a rank had waited for."""
+    found: int
+    """Steps of what was loaded."""
+    halves: int
+    """Versions that were not complete."""
+
+
+def killed(folder: Path, ranks: int, random: Random) -> Killed:
+    """Lets ranks resume, step and save in the background until all are killed, perhaps one before the others; then loads."""
+
+    def work(rank: int) -> None:
+        optimizer, named = build("adam"), {"a": torch.zeros(300), "b": torch.zeros(4, 7)}
+        if (folder / "latest").exists():
+            elastic.load(folder, optimizer, named, with_values=True)
+        for _ in range(1000):
+            step(optimizer, named, int(optimizer.iterations))
+            steps = int(optimizer.iterations)
+            saving = elastic.async_save(folder, optimizer, named, with_values=True)
+            step(optimizer, named, steps)
+            saving.wait()
+            (folder / f"acknowledged-{rank}").write_text(f"{steps:08d}")
+
+    children = forked(ranks, work)
+    time.sleep(random.uniform(0.1, 0.5))
+    for child in random.sample(children, ranks):
+        os.kill(child, signal.SIGKILL)
+        time.sleep(random.choice([0, 0.02]))
+    for child in children:
+        os.waitpid(child, 0)
+    texts = [file.read_text() for file in folder.glob("acknowledged-*")]
+    acknowledged = max((int(text) for text in texts if text), default=0)
+    halves = sum(not (version / "checkpoint.json").exists() for version in folder.glob("version-*"))
+    if not (folder / "latest").exists():
+        return Killed(acknowledged, 0, halves)
+    optimizer, named = build("adam"), {"a": torch.ones(300), "b": torch.ones(4, 7)}
+    elastic.load(folder, optimizer, named, with_values=True)
+    assert_same(content(optimizer, named), after_steps(int(optimizer.iterations)))
+    return Killed(acknowledged, int(optimizer.iterations), halves)
+
+
+@functools.cache
+def _known() -> tuple[Optimizer, Named, list[dict[str, Any]]]:
+    return build("adam"), {"a": torch.zeros(300), "b": torch.zeros(4, 7)}, []
+
+
+def after_steps(count: int) -> dict[str, Any]:
+    """What `killed` must find after so many steps."""
+    optimizer, named, contents = _known()
+    while len(contents) < count:
+        step(optimizer, named, len(contents))
+        contents.append(content(optimizer, named))
+    return contents[count - 1]
+
+
+@checks((10,), (200,))
+def kills(folder: Path, trials: int) -> None:
+    """SIGKILL at random points: the newest checkpoint is one that was saved, and none older than what a rank has waited for."""
+    random = Random(0)
+    seen = [killed(folder, ranks, random) for ranks in random.choices([1, 2, 3], k=trials)]
+    assert all(found.found >= found.acknowledged for found in seen)
+    print(f"{trials} kills, {sum(found.halves > 0 for found in seen)} of them amid writing; {seen[-1].found} steps")
+    assert sum(found.halves for found in seen) > 0  # else nothing was tested
+
+
+def main(report: str, *wanted: str) -> None:
+    """Runs the checks, all or those named; writes {check: traceback or ""}."""
+    torch.set_num_threads(1)
+    found = {}
+    for name in wanted or CHECKS:
+        try:
+            CHECKS[name](Path(tempfile.mkdtemp()))
+            found[name] = ""
+        except Exception:
+            found[name] = traceback.format_exc()
+    Path(report).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
