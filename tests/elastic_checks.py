@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from random import Random
@@ -21,8 +21,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from hosts import OPTIONS, make
 from support import RULES, build
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from fused_kopt import checkpoint, precision
 from fused_kopt.distributed import elastic
@@ -467,6 +477,107 @@ def kills(folder: Path, trials: int) -> None:
     assert all(found.found >= found.acknowledged for found in seen)
     print(f"{trials} kills, {sum(found.halves > 0 for found in seen)} of them amid writing; {seen[-1].found} steps")
     assert sum(found.halves for found in seen) > 0  # else nothing was tested
+
+
+# FSDP2 with fused_kopt.torch_optim: torch's own functions of distributed state dicts.
+
+LAYERS = {"wide": (5, 7), "tall": (9, 2), "row": (1, 5), "vector": (3,)}  # over 2, 3, 4 and 8 ranks uneven, some shards empty
+PRECISIONS = {
+    "float32": torch.float32,
+    **dict.fromkeys(("bf16_master", "bf16_split", "bf16_kahan", "bf16_stochastic"), torch.bfloat16),
+}
+
+
+def network(dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    random = torch.Generator().manual_seed(seed)
+    return nn.ParameterDict({name: nn.Parameter(torch.randn(shape, generator=random).to(dtype)) for name, shape in LAYERS.items()})
+
+
+def of_rank(whole: Tensor, mesh: Any) -> Tensor:
+    """A rank's rows of a tensor; perhaps none."""
+    chunks = whole.chunk(mesh.size(), 0)
+    return chunks[mesh.get_local_rank()] if mesh.get_local_rank() < len(chunks) else whole[:0]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: Sequence[int]) -> None:
+    """Steps with gradients that depend on their number; `row` has none at first."""
+    for number in numbers:
+        random = torch.Generator().manual_seed(number)
+        for name, parameter in model.named_parameters():
+            gradient: Any = torch.randn(parameter.shape, generator=random).to(parameter.dtype)
+            if isinstance(parameter, DTensor):
+                mine, mesh = of_rank(gradient, parameter.device_mesh), parameter.device_mesh
+                gradient = DTensor.from_local(mine, mesh, parameter.placements, shape=gradient.shape, stride=gradient.stride())
+            parameter.grad = gradient if number or name != "row" else None
+        optimizer.step()
+
+
+def states(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Any = None) -> dict[str, Any]:
+    """Values and optimizer state by name: a rank's part."""
+    found = {name: {"value": p.detach(), **optimizer.state.get(p, {})} for name, p in model.named_parameters()}
+    return {name: {key: _local(value, mesh) for key, value in mine.items()} for name, mine in found.items()}
+
+
+def _local(value: Any, mesh: Any) -> Tensor:
+    if isinstance(value, DTensor):
+        return value.to_local().clone()
+    return of_rank(value, mesh).clone() if mesh is not None and value.dim() else value.clone()
+
+
+@functools.cache
+def fsdp_saved(name: str, policy: str, ranks: int) -> Path:
+    """A folder with a checkpoint after 2 steps."""
+    folder = Path(tempfile.mkdtemp())
+
+    def work(rank: int) -> None:
+        model = fully_shard(network(PRECISIONS[policy]), mesh=init_device_mesh("cpu", (ranks,)))
+        optimizer = make(name, model.named_parameters(), precision=policy)
+        train(model, optimizer, (0, 1))
+        dcp.save({"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+        torch.save(states(model, optimizer), folder / f"states-{rank}.pt")
+
+    on_ranks(ranks, work)
+    return folder
+
+
+def fsdp_states(folder: Path, ranks: int, mesh: Any) -> dict[str, Any]:
+    """What `fsdp_saved` had when it saved: a rank's part of a new mesh."""
+    parts = [torch.load(folder / f"states-{rank}.pt", weights_only=True) for rank in range(ranks)]
+    whole = {name: {key: [part[name][key] for part in parts] for key in found} for name, found in parts[0].items()}
+    return {n: {key: _local(torch.cat(v) if v[0].dim() else v[0], mesh) for key, v in found.items()} for n, found in whole.items()}
+
+
+@functools.cache
+def alone(name: str, policy: str, steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """After so many steps of one process."""
+    model = network(PRECISIONS[policy])
+    optimizer = make(name, model.named_parameters(), precision=policy)
+    train(model, optimizer, range(steps))
+    return model, optimizer
+
+
+FSDP = [*((name, "float32") for name in OPTIONS), *(("AdamW", policy) for policy in PRECISIONS if policy != "float32")]
+
+
+@checks(*((*case, before, after) for case in FSDP for before in WORLDS for after in WORLDS))
+def fsdp2_resumes(_: Path, name: str, policy: str, before: int, after: int) -> None:
+    folder = fsdp_saved(name, policy, before)
+    alone(name, policy, 4)
+
+    def work(_: int) -> None:
+        mesh = init_device_mesh("cpu", (after,))
+        model = fully_shard(network(PRECISIONS[policy], seed=1), mesh=mesh)
+        optimizer = make(name, model.named_parameters(), precision=policy)
+        found = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.load(found, checkpoint_id=folder)
+        set_model_state_dict(model, found["model"])
+        set_optimizer_state_dict(model, optimizer, found["optimizer"])
+        assert_same(states(model, optimizer), fsdp_states(folder, before, mesh))
+        train(model, optimizer, (2, 3))
+        if policy != "bf16_stochastic":  # its random bits depend on which elements a rank has
+            assert_same(states(model, optimizer), states(*alone(name, policy, 4), mesh))
+
+    on_ranks(after, work)
 
 
 def main(report: str, *wanted: str) -> None:
