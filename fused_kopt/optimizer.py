@@ -61,17 +61,14 @@ class Optimizer(Engine):
             ValueError: all gradients are None; shapes or devices differ; memory overlaps.
             TypeError: malformed pairs, dtypes that are not floating, tensors without storage.
             RuntimeError: the call cannot aggregate here, runs inside another step or a CUDA graph capture.
+            RankMismatchError, PeerError: ranks are about to take different steps; one of them failed.
             StaleVariableError, TornStepError, FusedMismatchError: see fused_kopt.errors.
 
         No value has changed after any of these, except what a TornStepError reports. Slots of a first step may exist after
         a FusedMismatchError or a kernel that does not build, at their initial values.
         """
-        with self._one_step():
-            if isinstance(grads_and_vars, Flat):
-                return self._apply_flat(grads_and_vars, experimental_aggregate_gradients)
-            given, tensors = flattened(grads_and_vars)
-            done = self._again(tensors, experimental_aggregate_gradients) if tensors else None
-            return self._apply_pairs(given, experimental_aggregate_gradients) if done is None else done
+        stages = self._at_work(experimental_aggregate_gradients)
+        return self._through(stages, grads_and_vars, experimental_aggregate_gradients)
 
     def flatten(self, variables: Iterable[Tensor]) -> Flat:
         """Move variables and their gradients into flat buffers, as views: a step updates each buffer as one segment.
@@ -147,7 +144,10 @@ class Optimizer(Engine):
             pairs = gradients.check([(v.detach(), v) for v in tape.flatten(variables)])
             self._check_known(pairs)
             self._check_precision(pairs)
-            self._begin(list({id(v): v for _, v in pairs}.values()))
+            mine: Sequence[Tensor] = list({id(v): v for _, v in pairs}.values())
+            for stage in self._stages:
+                mine = stage.settle(self, mine)
+            self._begin(mine)
 
     def _compare(self, pairs: Sequence[tuple[Any, Tensor]], executor: Executor, aggregated: bool) -> list[verification.Comparison]:
         """What `fused_kopt.verify` reports: this step's launches on a copy of the optimizer and the variables."""

@@ -30,21 +30,22 @@ OPTIMIZERS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lion", "nadam", 
 KERAS = ("adadelta", "adagrad", "adam", "adamax", "ftrl", "lamb", "lion", "nadam", "rmsprop", "sgd")
 # From the bottom: a module imports from layers below its own, never upward, never sideways.
 LAYERS = (
-    ("aggregate", "errors", "layout", "op", "optimizers.schedules", "recording", "slots", "tape", "tensors"),
+    ("errors", "layout", "op", "optimizers.schedules", "recording", "slots", "tape", "tensors"),
     ("buffers", "collectives", "loss_scale", "prepare"),
-    ("reference", "state"),
+    ("agreement", "reference", "state"),
     ("execute",),
     ("gradients", "hyperparameters", "norms"),
     ("flat", "options", "verification"),
     ("clipping", "codecs"),
     ("precision",),
-    ("planes",),
-    ("description", "updates"),
+    ("planes", "stages"),
+    ("aggregate", "description", "updates"),
     ("repeat",),
     ("repeats", "replays"),
     ("borrowed", "contract"),
     ("accumulation", "stored"),
     ("declared",),
+    ("planned",),
     ("engine",),
     ("optimizer",),
     tuple(f"optimizers.{name}" for name in OPTIMIZERS),
@@ -57,6 +58,12 @@ LAYERS = (
     ("keras.fusing", "keras.logger"),
     ("keras",),
     ("mixed_precision",),
+    ("distributed.partition", "distributed.squares"),
+    ("distributed.incoming",),
+    ("distributed.backward",),
+    ("distributed.shards",),
+    ("distributed.sharded",),
+    ("distributed",),
     ("",),
     ("torch_optim.arguments", "torch_optim.members"),
     ("torch_optim.stored",),
@@ -149,7 +156,7 @@ class Import(NamedTuple):
 @functools.cache
 def sources() -> dict[str, Path]:
     """Module name (without the package's) to file; the link is followed once, as kernels."""
-    packages = ("optimizers", "keras", "checkpoint", "commands", "torch_optim")
+    packages = ("optimizers", "keras", "checkpoint", "commands", "distributed", "torch_optim")
     folders = ("fused_kopt", *(f"fused_kopt/{name}" for name in packages), "kernels")
     files = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
     return {re.sub(r"^fused_kopt\.|\.?__init__$", "", ".".join(f.relative_to(ROOT).with_suffix("").parts)): f for f in files}
