@@ -35,7 +35,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fused_kopt import checkpoint, precision
-from fused_kopt.distributed import elastic
+from fused_kopt.distributed import elastic, shard
 from fused_kopt.errors import CheckpointError, PeerError, TornStepError
 from fused_kopt.mixed_precision import LossScaleOptimizer
 from fused_kopt.optimizer import Optimizer
@@ -106,10 +106,11 @@ def step(optimizer: Optimizer, named: Named, number: int) -> None:
 
 
 def content(optimizer: Optimizer, named: Named) -> dict[str, Any]:
-    """All state by name, and the order of the weights."""
+    """All state by name, and the order of the weights. Sharded optimizers know nothing of slots without elements."""
     found = checkpoint.capture(optimizer, named, with_values=True)
     config = {key: value for key, value in found.config.items() if key != "name"}
-    return {**vars(found), "config": config, "weights": [w.clone() for w in optimizer.weights]}
+    slots = {name: mine for name, mine in found.slots.items() if named[name].numel()}
+    return {**vars(found), "config": config, "slots": slots, "weights": [w.clone() for w in optimizer.weights if w.numel()]}
 
 
 def assert_same(found: Any, expected: Any, path: str = "") -> None:
@@ -158,14 +159,21 @@ def reference(rule: str, policy: str, steps: int) -> dict[str, Any]:
     return content(optimizer, named)
 
 
+def resumable(rule: str, policy: str, sharded: bool, seed: int = 0) -> tuple[Any, Named]:
+    """A new optimizer, and its variables."""
+    optimizer, dtype = made(rule, policy, scaled=True)
+    if sharded:
+        shard(optimizer, part_bytes=1200)  # several parts
+    return optimizer, variables(dtype, seed)
+
+
 @functools.cache
-def saved(rule: str, policy: str, ranks: int) -> str:
+def saved(rule: str, policy: str, sharded: bool, ranks: int) -> str:
     """A folder with a checkpoint after 2 steps."""
     folder = tempfile.mkdtemp()
 
     def work(_: int) -> None:
-        optimizer, dtype = made(rule, policy, scaled=True)
-        named = variables(dtype)
+        optimizer, named = resumable(rule, policy, sharded)
         optimizer.scale_learning_rate([named["bias"]], 0.5)
         for number in range(2):
             step(optimizer, named, number)
@@ -175,21 +183,33 @@ def saved(rule: str, policy: str, ranks: int) -> str:
     return folder
 
 
-@checks(*(("adam", "bf16_8bit", before, after) for before in (0, *WORLDS) for after in (0, *WORLDS)))
-def replicas_resume(_: Path, rule: str, policy: str, before: int, after: int) -> None:
-    folder = saved(rule, policy, before)
-    expected = [reference(rule, policy, steps) for steps in (2, 4)]
+@checks(
+    *(("adam", "bf16_8bit", False, before, False, after) for before in (0, *WORLDS) for after in (0, *WORLDS)),
+    *(("adam", "bf16_8bit", True, before, True, after) for before in (0, *WORLDS) for after in (0, *WORLDS)),
+    *(("nadam", "float32 variables", True, before, True, after) for before in WORLDS for after in WORLDS),
+    *(("adam", "bf16_8bit", True, 3, False, after) for after in (0, 2)),
+    *(("adam", "bf16_8bit", False, before, True, 3) for before in (0, 2)),
+)
+def resumes(folder: Path, rule: str, policy: str, before_sharded: bool, before: int, after_sharded: bool, after: int) -> None:
+    """Saved by some ranks, loaded by others: the state of one process, and two steps later still. 0 ranks: no process group."""
+    source = saved(rule, policy, before_sharded, before)
 
     def work(_: int) -> None:
-        optimizer, dtype = made(rule, policy, scaled=True)
-        named = variables(dtype, seed=1)
-        elastic.load(folder, optimizer, named, with_values=True)
-        assert_same(content(optimizer, named), expected[0])
-        for number in (2, 3):
-            step(optimizer, named, number)
-        assert_same(content(optimizer, named), expected[1])
+        optimizer, named = resumable(rule, policy, after_sharded, seed=1)
+        elastic.load(source, optimizer, named, with_values=True)
+        for steps in (2, 4):
+            if not after_sharded:
+                assert_same(content(optimizer, named), reference(rule, policy, steps))
+            elastic.save(folder / str(steps), optimizer, named, with_values=True)
+            for number in (steps, steps + 1):
+                step(optimizer, named, number)
 
+    reference(rule, policy, 4), reference(rule, policy, 2)
     on_ranks(after, work)
+    for steps in (2, 4):
+        optimizer, named = resumable(rule, policy, False, seed=1)
+        elastic.load(folder / str(steps), optimizer, named, with_values=True)
+        assert_same(content(optimizer, named), reference(rule, policy, steps))
 
 
 @functools.cache

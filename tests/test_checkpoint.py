@@ -240,6 +240,20 @@ def test_a_torn_optimizer_is_not_saved(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / "run.safetensors", optimizer, [])
 
 
+def test_a_checkpoint_mends_a_torn_optimizer(tmp_path: Path) -> None:
+    path, optimizer, named = tmp_path / "run.safetensors", build("adam"), variables()
+    train(optimizer, named, 0, 2)
+    checkpoint.save(path, optimizer, named)
+    optimizer._torn = True
+    with pytest.raises(CheckpointError):
+        checkpoint.load(path, optimizer, {})
+    assert optimizer._torn
+    checkpoint.load(path, optimizer, named)
+    train(optimizer, named, 2, 3)
+    assert int(optimizer.iterations) == 3
+
+
+
 # Damaged and forged files.
 
 

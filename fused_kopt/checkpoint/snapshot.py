@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,39 +115,63 @@ def restore(checkpoint: Checkpoint, optimizer: Optimizer, variables: Variables, 
     Raises CheckpointError, with a table of what differs, where class, settings, names, shapes, dtypes or slots do not fit; what
     `build` raises for a variable. Nothing is written then. Warns (UserWarning) where the source's update rule differs from ours.
     """
-    known, scale, values = named(variables), scaling.live(optimizer), scaling.taken(checkpoint, optimizer)
-    optimizer, checkpoint = scaling.inner(optimizer), scaling.without(checkpoint) if values else checkpoint
-    with optimizer._lock:
-        twin = _check(checkpoint, optimizer, known, settings)
+    known, inner = named(variables), scaling.inner(optimizer)
+    with inner._lock:
+        check(checkpoint, optimizer, known, settings)
         _check_values(checkpoint, known, with_values)
         for text in differences(checkpoint):
             warnings.warn(text, UserWarning, stacklevel=3)
         started = [known[name] for name, values in checkpoint.slots.items() if values]
-        if started or checkpoint.extra:
-            optimizer.build(started)
-        if twin is not None:
-            _adopt(optimizer, twin)
-            for name, keys in checkpoint.overrides.items():
-                optimizer.scale_learning_rate([known[name]], keys[MULTIPLIER])
-        _write(checkpoint, optimizer, known, with_values)
-        for name, value in values.items():
-            scale[name].fill_(value.item())
+        if started or set(checkpoint.extra) - set(scaling.NAMES):
+            begin(inner, started)
+        fill(checkpoint, optimizer, known, settings)
+        with torch.no_grad():
+            for name, value in checkpoint.variables.items() if with_values else ():
+                known[name].copy_(value)
 
 
-def check(checkpoint: Checkpoint, optimizer: Optimizer, variables: Variables, settings: bool = True) -> None:
-    """Raises what `restore` would raise, values of variables aside. Of the tensors only shapes and dtypes are looked at."""
-    known, values = named(variables), scaling.taken(checkpoint, optimizer)
-    optimizer, checkpoint = scaling.inner(optimizer), scaling.without(checkpoint) if values else checkpoint
-    with optimizer._lock:
-        _check(checkpoint, optimizer, known, settings)
+def check(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], settings: bool) -> None:
+    """Raises what `restore` raises, values of variables aside. Of the tensors only shapes and dtypes are looked at."""
+    values, inner = scaling.taken(checkpoint, optimizer), scaling.inner(optimizer)
+    with inner._lock:
+        _check(scaling.without(checkpoint) if values else checkpoint, inner, known, settings)
 
 
-def _check(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], settings: bool) -> Optimizer | None:
-    """An optimizer with the checkpoint's settings, if they are wanted. Raises CheckpointError for everything that does not fit."""
+def begin(optimizer: Optimizer, variables: Sequence[Tensor]) -> None:
+    """`build` before `fill`: an interrupted step, whose traces are about to be overwritten, does not matter."""
+    torn, optimizer._torn = optimizer._torn, False
+    try:
+        optimizer.build(variables)
+    finally:
+        optimizer._torn = torn
+
+
+@torch.no_grad()
+def fill(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], settings: bool) -> None:
+    """Write what `check` let through into an optimizer that has the slots."""
+    inner = scaling.inner(optimizer)
+    if settings:
+        _adopt(inner, _twin(checkpoint, inner))
+        for name, keys in checkpoint.overrides.items():
+            inner.scale_learning_rate([known[name]], keys[MULTIPLIER])
+    live = slot_views(inner, {id(tensor): name for name, tensor in known.items()})
+    for name, values in checkpoint.slots.items():
+        for slot, value in values.items():
+            live[name][slot].copy_(value)
+    extra = extras(inner) | scaling.live(optimizer)
+    for name, value in checkpoint.extra.items():
+        extra[name].fill_(value.item())
+    inner._state.make_iterations().fill_(checkpoint.iterations)
+    inner._torn = False
+
+
+def _check(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], settings: bool) -> None:
+    """Raises CheckpointError for everything that does not fit."""
     cls = type(optimizer).__name__
     if checkpoint.class_name != cls:
         raise CheckpointError(f"The checkpoint is of {checkpoint.class_name}, the optimizer is {cls}. Pass a {checkpoint.class_name}.")
-    twin = _twin(checkpoint, optimizer) if settings else None
+    if settings:
+        _twin(checkpoint, optimizer)
     own = {n: keys for n, keys in checkpoint.overrides.items() if settings and not (n in known and _is_multiplier(keys))}
     if own:
         message = "Settings of single variables do not fit this optimizer, but for a multiplier of the learning rate (settings=False"
@@ -157,7 +181,6 @@ def _check(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor
     found, expected = _schema(checkpoint, optimizer, known)
     message = f"The checkpoint's slots do not fit this {cls}. Construct it with the checkpoint's settings, with variables of its shapes:"
     tables.refuse_unless(tables.rows(found, expected), message)
-    return twin
 
 
 def _is_multiplier(keys: dict[str, Any]) -> bool:
@@ -229,18 +252,3 @@ def _adopt(optimizer: Optimizer, twin: Optimizer) -> None:
         old = optimizer._hyper[name]
         if hyperparameters.is_schedule(old) or not callable(old):
             setattr(optimizer, name, value)
-
-
-@torch.no_grad()
-def _write(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], with_values: bool) -> None:
-    live = slot_views(optimizer, {id(tensor): name for name, tensor in known.items()})
-    for name, values in checkpoint.slots.items():
-        for slot, value in values.items():
-            live[name][slot].copy_(value)
-    extra = extras(optimizer)
-    for name, value in checkpoint.extra.items():
-        extra[name].copy_(value)
-    for name, value in checkpoint.variables.items() if with_values else ():
-        known[name].copy_(value)
-    optimizer._state.make_iterations().fill_(checkpoint.iterations)
-    optimizer._torn = False

@@ -19,10 +19,11 @@ from fused_kopt.checkpoint import snapshot, tables
 from fused_kopt.checkpoint.neutral import Variables, named
 from fused_kopt.checkpoint.storage import FilePath
 from fused_kopt.collectives import Group
-from fused_kopt.distributed import elastic_files, elastic_pieces, elastic_versions
+from fused_kopt.distributed import elastic_files, elastic_loading, elastic_saving, elastic_versions
 from fused_kopt.distributed import elastic_ranks as ranks
 from fused_kopt.distributed.elastic_files import Chunk
-from fused_kopt.distributed.elastic_pieces import Blank, Captured
+from fused_kopt.distributed.elastic_loading import Blank
+from fused_kopt.distributed.elastic_saving import Captured
 from fused_kopt.errors import CheckpointError
 from fused_kopt.optimizer import Optimizer
 
@@ -47,7 +48,7 @@ def save(folder: FilePath, optimizer: Optimizer, variables: Variables, group: Gr
     settings are not JSON, PeerError where another rank failed, OSError; on all ranks. `latest` is as it was then.
     """
     Saving.wait_for_last()
-    _commit(Path(folder), lambda: elastic_pieces.capture(optimizer, named(variables), group, with_values), group)
+    _commit(Path(folder), lambda: elastic_saving.capture(optimizer, named(variables), group, with_values), group)
 
 
 def async_save(folder: FilePath, optimizer: Optimizer, variables: Variables, group: Group = None, with_values: bool = False) -> "Saving":
@@ -60,7 +61,7 @@ def async_save(folder: FilePath, optimizer: Optimizer, variables: Variables, gro
     Saving.wait_for_last()
     captured: Future[Captured] = Future()
     try:
-        captured.set_result(elastic_pieces.capture(optimizer, named(variables), group, with_values))
+        captured.set_result(elastic_saving.capture(optimizer, named(variables), group, with_values))
     except Exception as error:  # for all ranks, which are about to meet
         captured.set_exception(error)
     beside = ranks.beside(group)
@@ -121,22 +122,24 @@ def load(
     version, schema = ranks.on_first(lambda: elastic_versions.newest(Path(folder)), group)
 
     def check() -> None:
-        elastic_pieces.check(schema.state, optimizer, known, settings, with_values)
+        elastic_loading.check(schema.state, optimizer, known, settings, with_values)
         elastic_files.verify(version, dict(list(schema.files.items())[rank :: collectives.size(group)]))
 
     def read() -> tuple[Blank, dict[str, Chunk]]:
-        blank = elastic_pieces.blank(schema.state, optimizer, known, "cpu")
-        values = elastic_pieces.blank_values(known) if with_values else {}
+        blank = elastic_loading.blank(schema.state, optimizer, known, "cpu")
+        values = elastic_loading.blank_values(known) if with_values else {}
         elastic_files.read(version, blank.chunks | values)
         return blank, values
 
-    ranks.on_all(check, group)
-    blank, values = ranks.on_all(read, group)
-
     def write() -> None:
-        snapshot.restore(blank.checkpoint, optimizer, blank.known, settings)
-        elastic_pieces.write_values(values, known)
+        snapshot.fill(blank.checkpoint, optimizer, blank.known, settings)
+        elastic_loading.write_values(values, known)
+        for name, multiplier in schema.state["multipliers"].items() if settings else ():
+            optimizer.scale_learning_rate([known[name]], multiplier)
 
+    ranks.on_all(check, group)
+    ranks.on_all(lambda: elastic_loading.build(schema.state, optimizer, known), group)
+    blank, values = ranks.on_all(read, group)
     ranks.on_all(write, group)
 
 
@@ -169,7 +172,7 @@ def _commit(folder: Path, captured: Callable[[], Captured], group: Group) -> Non
     assert version is not None
     if len({each.digest for each in told}) > 1:
         _refuse(ranks.gathered(lambda: mine.common, group))
-    state = elastic_pieces.merged(mine.common, [each.own for each in told])
+    state = elastic_saving.merged(mine.common, [each.own for each in told])
     plans, metadata = elastic_files.joined([each.plan for each in told])
     written = ranks.gathered(lambda: elastic_files.write(version, mine.chunks, plans, rank), group)
 
@@ -199,6 +202,6 @@ def _refuse(commons: list[dict[str, Any]]) -> None:
 def _lines(common: dict[str, Any]) -> dict[str, str]:
     """What is the same on every rank, entry by entry."""
     found = {"class_name": common["class_name"], "iterations": common["iterations"], "with_values": common["values"]}
-    for kind in ("config", "variables", "slots"):
+    for kind in ("config", "variables", "slots", "multipliers"):
         found |= {f"{kind}: {name}": value for name, value in common[kind].items()}
     return {name: str(value) for name, value in found.items()}
