@@ -253,7 +253,6 @@ def test_a_checkpoint_mends_a_torn_optimizer(tmp_path: Path) -> None:
     assert int(optimizer.iterations) == 3
 
 
-
 # Damaged and forged files.
 
 

@@ -75,6 +75,8 @@ def slot_views(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, dict
     for (key, slot), (variable, view) in state.extra.items():
         tensors[key] = variable
         found.append((place[id(view)], key, slot, view))
+    if optimizer._stages:  # a sharded optimizer steps on an empty tensor where this rank has nothing
+        found = [entry for entry in found if entry[1] in names or tensors[entry[1]].numel()]
     unnamed = [tuple(tensors[key].shape) for key in dict.fromkeys(key for _, key, *_ in sorted(found)) if key not in names]
     if unnamed:
         raise ValueError(f"The optimizer has slots for variables that `variables` does not name, of shapes {unnamed}. Name them all.")

@@ -31,7 +31,7 @@ def capture(optimizer: Optimizer, variables: Mapping[str, Tensor], group: Group,
         snapshot.refuse_torn(optimizer)
         mine = pieces(optimizer, variables)
         names = {id(piece.tensor): name for name, piece in mine.items() if piece.tensor is not None}
-        views = _views(optimizer, names)
+        views = snapshot.slot_views(optimizer, names)
         parts = {name: {slot: _part(optimizer, mine[name], slot, view) for slot, view in found.items()} for name, found in views.items()}
         known = {id(variable): name for name, variable in variables.items()}
         common = {
@@ -58,16 +58,6 @@ def capture(optimizer: Optimizer, variables: Mapping[str, Tensor], group: Group,
             if with_values:
                 chunks[f"variable/{name}"] = _copy(variables[name], (0, elements), (start, end), (0, elements))
         return Captured(common, own, some(chunks))
-
-
-def _views(optimizer: Optimizer, names: dict[int, str]) -> dict[str, dict[str, Tensor]]:
-    """Name -> slot name -> the live slot. names: by ids of what the optimizer steps on."""
-    found = [variable for bucket in optimizer._state.buckets.values() for variable in bucket.variables]
-    # where a sharded optimizer has no piece, it steps on an empty tensor
-    nobody = {id(variable): "" for variable in found if optimizer._stages and not variable.numel() and id(variable) not in names}
-    views = snapshot.slot_views(optimizer, names | nobody)
-    views.pop("", None)
-    return views
 
 
 def _number(optimizer: Optimizer, piece: Piece) -> int:
