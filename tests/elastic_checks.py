@@ -4,6 +4,7 @@ One process imports torch and forks the ranks: 30 runs of up to 8 ranks take sec
 """
 
 import functools
+import importlib
 import json
 import os
 import signal
@@ -233,11 +234,11 @@ def valid() -> dict[tuple[str, str], dict[str, Any]]:
         for policy in POLICIES:
             optimizer, dtype = made(rule, policy)
             named = variables(dtype)
-            try:
-                step(optimizer, named, 0)
-            except ValueError as error:  # a centered RMSprop in few bits
-                assert "centered" in str(error)
+            if "centered" in rule and any(word in policy for word in ("8", "kahan", "stochastic")):
+                with pytest.raises(ValueError, match="centered"):
+                    step(optimizer, named, 0)
             else:
+                step(optimizer, named, 0)
                 found[(rule, policy)] = content(optimizer, named)
     assert len(found) > 150
     return found
@@ -245,8 +246,9 @@ def valid() -> dict[tuple[str, str], dict[str, Any]]:
 
 @checks((2, 3, False), slow=[(2, 3, True)])
 def every_rule_and_policy(folder: Path, before: int, after: int, every: bool) -> None:
-    """Each rule with its state as it is and in 8 bits, and Adam with every policy; or all with all."""
-    expected = {case: found for case, found in valid().items() if every or case[1] in ("float32", "bf16_8bit") or case[0] == "amsgrad"}
+    """Each rule in 8 bits or, where it cannot be, in one of the others, and one rule with every policy; or all with all."""
+    some = {rule: (rule, policy) for rule, policy in valid() if policy in ("bf16_split", "bf16_8bit")}
+    expected = {case: found for case, found in valid().items() if every or case in some.values() or case[0] == "amsgrad"}
 
     def save(_: int) -> None:
         for rule, policy in expected:
@@ -595,11 +597,13 @@ FSDP = [*((name, "float32") for name in OPTIONS), *(("AdamW", policy) for policy
 
 
 @checks(
-    *(("AdamW", "bf16_kahan", *ranks) for ranks in ((1, 2), (2, 3), (3, 1), (4, 8))),
-    *((*case, 2, 3) for case in FSDP),
+    *(("AdamW", "bf16_kahan", *ranks) for ranks in ((1, 2), (2, 3), (3, 1), (2, 8))),
+    ("Nadam", "float32", 2, 3),
+    ("AdamW", "bf16_stochastic", 2, 3),
     slow=[(*case, before, after) for case in FSDP for before in WORLDS for after in WORLDS],
 )
 def fsdp2_resumes(_: Path, name: str, policy: str, before: int, after: int) -> None:
+    importlib.import_module("torch._dynamo")  # fully_shard does, 0.9 s in every rank
     folder = fsdp_saved(name, policy, before)
     alone(name, policy, 4)
 
