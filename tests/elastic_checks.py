@@ -217,12 +217,14 @@ def resumes(folder: Path, rule: str, policy: str, before_sharded: bool, before: 
             elastic.save(folder / str(steps), optimizer, named, with_values=True)
             for number in (steps, steps + 1):
                 step(optimizer, named, number)
+        elastic.load(source, optimizer, named, with_values=True)
+        elastic.save(folder / "back", optimizer, named, with_values=True)
 
     reference(rule, policy, 4), reference(rule, policy, 2)
     on_ranks(after, work)
-    for steps in (2, 4):
+    for place, steps in (("2", 2), ("4", 4), ("back", 2)):
         optimizer, named = resumable(rule, policy, False, seed=1)
-        elastic.load(folder / str(steps), optimizer, named, with_values=True)
+        elastic.load(folder / place, optimizer, named, with_values=True)
         assert_same(content(optimizer, named), reference(rule, policy, steps))
 
 

@@ -47,7 +47,7 @@ def save(folder: FilePath, optimizer: Optimizer, variables: Variables, group: Gr
     Raises TornStepError after an interrupted step, ValueError where a slot's variable has no name, CheckpointError where ranks differ or
     settings are not JSON, PeerError where another rank failed, OSError; on all ranks. `latest` is as it was then.
     """
-    Saving.wait_for_last()
+    _join_last()
     _commit(Path(folder), lambda: elastic_saving.capture(optimizer, named(variables), group, with_values), group)
 
 
@@ -58,7 +58,7 @@ def async_save(folder: FilePath, optimizer: Optimizer, variables: Variables, gro
     next one waits for it, and so does `load`. Arguments: as for `save`. What `save` raises comes out of the result's `wait`; wait for
     the last one before the process group is destroyed.
     """
-    Saving.wait_for_last()
+    _join_last()
     captured: Future[Captured] = Future()
     try:
         captured.set_result(elastic_saving.capture(optimizer, named(variables), group, with_values))
@@ -92,11 +92,11 @@ class Saving:
         if self._error is not None:
             raise self._error
 
-    @staticmethod
-    def wait_for_last() -> None:
-        """Until no save of this process is under way. Raises nothing of theirs."""
-        if Saving._last is not None:
-            Saving._last._thread.join()
+
+def _join_last() -> None:
+    """Wait until no save of this process is under way. Its errors are for who waits for it."""
+    if Saving._last is not None:
+        Saving._last._thread.join()
 
 
 def load(
@@ -117,7 +117,7 @@ def load(
     Raises CheckpointError, with a table of what differs, where there is no checkpoint, a file is damaged or something does not fit;
     PeerError where that is so on another rank; OSError. Nothing has been written then on any rank.
     """
-    Saving.wait_for_last()
+    _join_last()
     rank, known = collectives.rank(group), ranks.on_all(lambda: named(variables), group)
     version, schema = ranks.on_first(lambda: elastic_versions.newest(Path(folder)), group)
 

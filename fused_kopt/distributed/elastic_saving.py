@@ -20,7 +20,7 @@ class Captured(NamedTuple):
     common: dict[str, Any]
     """What is the same on all ranks, JSON-able."""
     own: dict[str, dict[str, Any]]
-    """What other ranks may not know: `slots` of pieces, `overrides`, `extra`."""
+    """What other ranks may not know: `slots` of pieces and the `numbers` that order them, `extra`."""
     chunks: dict[str, Chunk]
 
 
@@ -44,9 +44,10 @@ def capture(optimizer: Optimizer, variables: Mapping[str, Tensor], group: Group,
             "multipliers": {known[i]: m for i, (_, m) in optimizer._multipliers.items() if i in known},
         }
         extra = (snapshot.extras(optimizer) if any(views.values()) else {}) | scale  # without slots, what steps carry is nobody's
+        shards = {name: found for name, found in parts.items() if mine[name].sharded and found}
         own: dict[str, dict[str, Any]] = {
-            "slots": {name: found for name, found in parts.items() if mine[name].sharded},
-            "numbers": {name: _number(optimizer, mine[name]) for name in parts if mine[name].sharded},
+            "slots": shards,
+            "numbers": {name: _number(optimizer, mine[name]) for name in shards},
             "extra": {name: (NAMES[v.dtype], v.item()) for name, v in extra.items()},
         }
         chunks = {}
