@@ -34,6 +34,8 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
     known, scale, optimizer = named(variables), scaling.live(optimizer), scaling.inner(optimizer)
     with optimizer._lock:
         refuse_torn(optimizer)
+        if optimizer._stages:
+            raise ValueError("This optimizer is sharded or offloaded: no rank has all of its state. Use fused_kopt.distributed.save.")
         state = optimizer._state
         names = {id(tensor): name for name, tensor in known.items()}
         owned = {name: {slot: _copy(view) for slot, view in views.items()} for name, views in slot_views(optimizer, names).items()}
