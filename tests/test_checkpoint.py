@@ -18,7 +18,7 @@ from support import DTYPES, RULES, assert_same, build, python, randn, state
 from torch import Tensor
 
 import fused_kopt
-from fused_kopt import checkpoint
+from fused_kopt import checkpoint, distributed
 from fused_kopt.errors import CheckpointError
 from fused_kopt.optimizers import schedules
 
@@ -238,6 +238,16 @@ def test_a_torn_optimizer_is_not_saved(tmp_path: Path) -> None:
     optimizer._torn = True
     with pytest.raises(fused_kopt.TornStepError, match="interrupted"):
         checkpoint.save(tmp_path / "run.safetensors", optimizer, [])
+
+
+def test_a_sharded_optimizer_is_sent_to_distributed(tmp_path: Path) -> None:
+    path, optimizer, named = tmp_path / "run.safetensors", distributed.shard(build("adam")), variables()
+    with pytest.raises(ValueError, match=r"fused_kopt\.distributed\.save"):
+        checkpoint.save(path, optimizer, named)
+    checkpoint.save(path, build("adam"), named)
+    with pytest.raises(ValueError, match=r"fused_kopt\.distributed\.load"):
+        checkpoint.load(path, optimizer, named)
+    assert optimizer.weights == []
 
 
 def test_a_checkpoint_mends_a_torn_optimizer(tmp_path: Path) -> None:

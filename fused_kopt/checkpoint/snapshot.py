@@ -28,14 +28,13 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
         variables: (name, tensor) pairs, such as `model.named_parameters()`; all that the optimizer has slots for.
         with_values: also copy the variables' values.
 
-    Raises ValueError where the optimizer has slots for a tensor without name, TypeError for malformed `variables`, TornStepError after
-    an interrupted step.
+    Raises ValueError where the optimizer has slots for a tensor without name, or is sharded or offloaded, TypeError for malformed
+    `variables`, TornStepError after an interrupted step.
     """
     known, scale, optimizer = named(variables), scaling.live(optimizer), scaling.inner(optimizer)
     with optimizer._lock:
         refuse_torn(optimizer)
-        if optimizer._stages:
-            raise ValueError("This optimizer is sharded or offloaded: no rank has all of its state. Use fused_kopt.distributed.save.")
+        _refuse_stages(optimizer, "save")
         state = optimizer._state
         names = {id(tensor): name for name, tensor in known.items()}
         owned = {name: {slot: _copy(view) for slot, view in views.items()} for name, views in slot_views(optimizer, names).items()}
@@ -54,6 +53,11 @@ def refuse_torn(optimizer: Optimizer) -> None:
     """Raises TornStepError after an interrupted step."""
     if optimizer._torn:
         raise TornStepError("The last step was interrupted: some variables were updated, others not. Restore an older checkpoint.")
+
+
+def _refuse_stages(optimizer: Optimizer, instead: str) -> None:
+    if optimizer._stages:
+        raise ValueError(f"This optimizer is sharded or offloaded: no rank has all of its state. Use fused_kopt.distributed.{instead}.")
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -117,10 +121,11 @@ def restore(checkpoint: Checkpoint, optimizer: Optimizer, variables: Variables, 
         with_values: also write the variables' values.
 
     Raises CheckpointError, with a table of what differs, where class, settings, names, shapes, dtypes or slots do not fit; what
-    `build` raises for a variable. Nothing is written then. Warns (UserWarning) where the source's update rule differs from ours.
+    `build` raises for a variable; ValueError for a sharded or offloaded optimizer. Nothing is written then. Warns (UserWarning) where the source's update rule differs from ours.
     """
     known, inner = named(variables), scaling.inner(optimizer)
     with inner._lock:
+        _refuse_stages(inner, "load")
         check(checkpoint, optimizer, known, settings)
         _check_values(checkpoint, known, with_values)
         for text in differences(checkpoint):
