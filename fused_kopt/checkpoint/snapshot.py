@@ -121,7 +121,8 @@ def restore(checkpoint: Checkpoint, optimizer: Optimizer, variables: Variables, 
         with_values: also write the variables' values.
 
     Raises CheckpointError, with a table of what differs, where class, settings, names, shapes, dtypes or slots do not fit; what
-    `build` raises for a variable; ValueError for a sharded or offloaded optimizer. Nothing is written then. Warns (UserWarning) where the source's update rule differs from ours.
+    `build` raises for a variable; ValueError for a sharded or offloaded optimizer. Nothing is written then. Warns (UserWarning) where
+    the source's update rule differs from ours.
     """
     known, inner = named(variables), scaling.inner(optimizer)
     with inner._lock:
