@@ -435,6 +435,32 @@ def one_save_at_a_time(folder: Path) -> None:
 
 
 @checks(())
+def groups_come_and_go(folder: Path) -> None:
+    """A second process group after the first was destroyed, and a part of the ranks."""
+
+    def work(rank: int) -> None:
+        optimizer, named = build("adam"), variables(torch.float32)
+        elastic.async_save(folder, optimizer, named).wait()
+        dist.barrier()
+        dist.destroy_process_group()
+        store = dist.FileStore(str(folder / "store"), 3)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=timedelta(seconds=60))
+        dist.barrier()
+        for _ in range(2):
+            elastic.async_save(folder, optimizer, named).wait()
+        some = dist.new_group([0, 2])
+        if rank != 1:
+            step(optimizer, named, 0)
+            elastic.async_save(folder / "some", optimizer, named, some).wait()
+            other = build("adam")
+            elastic.load(folder / "some", other, named, some)
+            assert int(other.iterations) == 1
+        elastic.load(folder, build("adam"), named)
+
+    on_ranks(3, work)
+
+
+@checks(())
 def torch_can_read_it(folder: Path) -> None:
     """The files are DCP's: its own `load` fills tensors, without this package."""
 

@@ -240,6 +240,23 @@ def test_a_torn_optimizer_is_not_saved(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / "run.safetensors", optimizer, [])
 
 
+@pytest.mark.parametrize("saved", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("loaded", [torch.contiguous_format, torch.channels_last])
+def test_scales_belong_to_an_order_in_memory(saved: torch.memory_format, loaded: torch.memory_format, tmp_path: Path) -> None:
+    gradient = torch.randn(8, 4, 5, 5, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 8).view(8, 1, 1, 1)
+    first, second = (torch.ones(8, 4, 5, 5).bfloat16().contiguous(memory_format=how) for how in (saved, loaded))
+    optimizer, resumed = (fused_kopt.Adam(precision="bf16_8bit") for _ in range(2))
+    optimizer.apply_gradients([(gradient.bfloat16(), first)])
+    checkpoint.save(tmp_path / "run.safetensors", optimizer, {"v": first})
+    if saved == loaded:
+        checkpoint.load(tmp_path / "run.safetensors", resumed, {"v": second})
+        assert torch.equal(resumed.get_slot(second, "m"), optimizer.get_slot(first, "m"))
+    else:
+        with pytest.raises(CheckpointError, match="order in memory"):
+            checkpoint.load(tmp_path / "run.safetensors", resumed, {"v": second})
+        assert resumed.weights == []
+
+
 def test_a_sharded_optimizer_is_sent_to_distributed(tmp_path: Path) -> None:
     path, optimizer, named = tmp_path / "run.safetensors", distributed.shard(build("adam")), variables()
     with pytest.raises(ValueError, match=r"fused_kopt\.distributed\.save"):

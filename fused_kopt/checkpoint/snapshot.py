@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kopt import hyperparameters, slots
+from fused_kopt import hyperparameters, layout, slots
 from fused_kopt.checkpoint import scaling, tables
 from fused_kopt.checkpoint.meaning import differences
 from fused_kopt.checkpoint.neutral import Checkpoint, Variables, named
@@ -46,7 +46,20 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
             {name: _copy(value) for name, value in (extras(optimizer) | scale).items()},
             {name: _copy(value) for name, value in known.items()} if with_values else {},
             {names[i]: {MULTIPLIER: m} for i, (_, m) in optimizer._multipliers.items() if i in names},
+            strides={name: found for name, values in owned.items() if (found := order(known[name])) and _scaled(values)},
         )
+
+
+def order(variable: Tensor) -> list[int]:
+    """The strides of its dimensions above 1 in memory, [] for row-major."""
+    shape, stride = variable.shape, layout.dense_stride(variable)
+    plain = layout.same_layout(shape, stride, layout.contiguous_stride(shape))
+    return [] if plain else [step for size, step in zip(shape, stride, strict=True) if size > 1]
+
+
+def _scaled(slots: Mapping[str, Tensor]) -> bool:
+    """Whether elements share scales, in the order in which they lie in memory."""
+    return any(value.dtype == torch.uint8 for value in slots.values())
 
 
 def refuse_torn(optimizer: Optimizer) -> None:
@@ -188,6 +201,14 @@ def _check(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor
         raise CheckpointError(f"{message} ignores them): {own}.")
     lists = [dict.fromkeys(names, "a variable") for names in (checkpoint.slots or known, known)]  # an .h5 of plain SGD names none
     tables.refuse_unless(tables.rows(*lists), "The checkpoint's variables are not those passed as `variables`. Rename or leave out:")
+    scaled = [name for name, values in checkpoint.slots.items() if _scaled(values)]
+    orders = (
+        {name: checkpoint.strides.get(name) or "row-major" for name in scaled},
+        {name: order(known[name]) or "row-major" for name in scaled},
+    )
+    tables.refuse_unless(
+        tables.rows(*orders), "Elements share scales in the order in memory that was saved. Use its memory format (strides):"
+    )
     found, expected = _schema(checkpoint, optimizer, known)
     message = f"The checkpoint's slots do not fit this {cls}. Construct it with the checkpoint's settings, with variables of its shapes:"
     tables.refuse_unless(tables.rows(found, expected), message)

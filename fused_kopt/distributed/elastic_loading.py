@@ -44,7 +44,8 @@ def blank(state: dict[str, Any], optimizer: Optimizer, variables: Mapping[str, T
         extra = {
             name: value.to(live[name].dtype) if name in live else value for name, value in extra.items() if name in (*live, *scaling.NAMES)
         }
-    return Blank(some(chunks), Checkpoint(state["class_name"], state["config"], state["iterations"], slots, extra), known)
+    strides = {name: snapshot.order(variable) for name, variable in known.items()}  # `check` compares those of whole variables
+    return Blank(some(chunks), Checkpoint(state["class_name"], state["config"], state["iterations"], slots, extra, strides=strides), known)
 
 
 def _laid(data: Tensor, part: Part, variable: Tensor) -> Tensor:
