@@ -73,7 +73,7 @@ LAYERS = (
     ("torch_optim",),
     ("hf", "lightning"),
     ("checkpoint.neutral", "checkpoint.tables"),
-    ("checkpoint.meaning", "checkpoint.scaling", "checkpoint.storage", "checkpoint.torch_words"),
+    ("checkpoint.live", "checkpoint.meaning", "checkpoint.scaling", "checkpoint.storage", "checkpoint.torch_words"),
     ("checkpoint.snapshot",),
     ("checkpoint.lists", "checkpoint.torch_read", "checkpoint.torch_write"),
     ("checkpoint.keras_files",),

@@ -2,17 +2,17 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_kopt import hyperparameters, layout, slots
-from fused_kopt.checkpoint import scaling, tables
+from fused_kopt import hyperparameters, slots
+from fused_kopt.checkpoint import live, scaling, tables
 from fused_kopt.checkpoint.meaning import differences
 from fused_kopt.checkpoint.neutral import Checkpoint, Variables, named
-from fused_kopt.errors import CheckpointError, TornStepError
+from fused_kopt.errors import CheckpointError
 from fused_kopt.optimizer import Optimizer
 from fused_kopt.optimizers import registry
 
@@ -33,39 +33,21 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
     """
     known, scale, optimizer = named(variables), scaling.live(optimizer), scaling.inner(optimizer)
     with optimizer._lock:
-        refuse_torn(optimizer)
+        live.refuse_torn(optimizer)
         _refuse_stages(optimizer, "save")
         state = optimizer._state
         names = {id(tensor): name for name, tensor in known.items()}
-        owned = {name: {slot: _copy(view) for slot, view in views.items()} for name, views in slot_views(optimizer, names).items()}
+        owned = {name: {slot: _copy(view) for slot, view in views.items()} for name, views in live.slot_views(optimizer, names).items()}
         return Checkpoint(
             type(optimizer).__name__,
             optimizer.get_config(),
             state.steps_taken(),
             owned,
-            {name: _copy(value) for name, value in (extras(optimizer) | scale).items()},
+            {name: _copy(value) for name, value in (live.extras(optimizer) | scale).items()},
             {name: _copy(value) for name, value in known.items()} if with_values else {},
             {names[i]: {MULTIPLIER: m} for i, (_, m) in optimizer._multipliers.items() if i in names},
-            strides={name: found for name, values in owned.items() if (found := order(known[name])) and _scaled(values)},
+            strides={name: found for name, values in owned.items() if (found := live.order(known[name])) and live.scaled(values)},
         )
-
-
-def order(variable: Tensor) -> list[int]:
-    """The strides of its dimensions above 1 in memory, [] for row-major."""
-    shape, stride = variable.shape, layout.dense_stride(variable)
-    plain = layout.same_layout(shape, stride, layout.contiguous_stride(shape))
-    return [] if plain else [step for size, step in zip(shape, stride, strict=True) if size > 1]
-
-
-def _scaled(slots: Mapping[str, Tensor]) -> bool:
-    """Whether elements share scales, in the order in which they lie in memory."""
-    return any(value.dtype == torch.uint8 for value in slots.values())
-
-
-def refuse_torn(optimizer: Optimizer) -> None:
-    """Raises TornStepError after an interrupted step."""
-    if optimizer._torn:
-        raise TornStepError("The last step was interrupted: some variables were updated, others not. Restore an older checkpoint.")
 
 
 def _refuse_stages(optimizer: Optimizer, instead: str) -> None:
@@ -75,40 +57,6 @@ def _refuse_stages(optimizer: Optimizer, instead: str) -> None:
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def slot_views(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Tensor]]:
-    """Variable name -> slot name -> the live slot; variables in the order in which they got slots, then those without any.
-
-    names: the variables', by their ids.
-    """
-    state = optimizer._state
-    place = {id(weight): position for position, weight in enumerate(state.weights)}
-    found: list[tuple[int, int, str, Tensor]] = []
-    tensors: dict[int, Tensor] = {}
-    for bucket in state.buckets.values():
-        tensors |= {id(variable): variable for variable in bucket.variables}
-        for slot, views in bucket.views.items():
-            entries = zip(bucket.variables, views, strict=True)
-            found += [(place[id(view)], id(variable), slot, view) for variable, view in entries if view is not None]
-    for (key, slot), (variable, view) in state.extra.items():
-        tensors[key] = variable
-        found.append((place[id(view)], key, slot, view))
-    if optimizer._stages:  # a sharded optimizer steps on an empty tensor where this rank has nothing
-        found = [entry for entry in found if entry[1] in names or tensors[entry[1]].numel()]
-    unnamed = [tuple(tensors[key].shape) for key in dict.fromkeys(key for _, key, *_ in sorted(found)) if key not in names]
-    if unnamed:
-        raise ValueError(f"The optimizer has slots for variables that `variables` does not name, of shapes {unnamed}. Name them all.")
-    made: dict[str, dict[str, Tensor]] = {}
-    for _, key, slot, view in sorted(found, key=lambda entry: entry[0]):
-        made.setdefault(names[key], {})[slot] = view
-    return made | {name: {} for name in names.values() if name not in made}
-
-
-def extras(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The weights that are neither iterations nor slots, by the attribute that holds them: Nadam's cache."""
-    listed = {id(weight) for weight in optimizer.weights} - {id(optimizer._state.iterations)}
-    return {name.lstrip("_"): value for name, value in vars(optimizer).items() if isinstance(value, Tensor) and id(value) in listed}
 
 
 def new_optimizer(checkpoint: Checkpoint) -> Optimizer:
@@ -177,11 +125,11 @@ def fill(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor],
         _adopt(inner, _twin(checkpoint, inner))
         for name, keys in checkpoint.overrides.items():
             inner.scale_learning_rate([known[name]], keys[MULTIPLIER])
-    live = slot_views(inner, {id(tensor): name for name, tensor in known.items()})
+    views = live.slot_views(inner, {id(tensor): name for name, tensor in known.items()})
     for name, values in checkpoint.slots.items():
         for slot, value in values.items():
-            live[name][slot].copy_(value)
-    extra = extras(inner) | scaling.live(optimizer)
+            views[name][slot].copy_(value)
+    extra = live.extras(inner) | scaling.live(optimizer)
     for name, value in checkpoint.extra.items():
         extra[name].fill_(value.item())
     inner._state.make_iterations().fill_(checkpoint.iterations)
@@ -201,10 +149,10 @@ def _check(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor
         raise CheckpointError(f"{message} ignores them): {own}.")
     lists = [dict.fromkeys(names, "a variable") for names in (checkpoint.slots or known, known)]  # an .h5 of plain SGD names none
     tables.refuse_unless(tables.rows(*lists), "The checkpoint's variables are not those passed as `variables`. Rename or leave out:")
-    scaled = [name for name, values in checkpoint.slots.items() if _scaled(values)]
+    scaled = [name for name, values in checkpoint.slots.items() if live.scaled(values)]
     orders = (
         {name: checkpoint.strides.get(name) or "row-major" for name in scaled},
-        {name: order(known[name]) or "row-major" for name in scaled},
+        {name: live.order(known[name]) or "row-major" for name in scaled},
     )
     tables.refuse_unless(
         tables.rows(*orders), "Elements share scales in the order in memory that was saved. Use its memory format (strides):"
@@ -235,17 +183,17 @@ def _twin(checkpoint: Checkpoint, optimizer: Optimizer) -> Optimizer:
 
 def _schema(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
     """What the checkpoint has, and what the optimizer has or will create, by "slot of variable", as dtypes and shapes."""
-    live = slot_views(optimizer, {id(tensor): name for name, tensor in known.items()})
+    there = live.slot_views(optimizer, {id(tensor): name for name, tensor in known.items()})
     found: dict[str, Tensor] = {}
     expected: dict[str, Tensor] = {}
     for name, values in checkpoint.slots.items():
-        wanted = dict(live[name])
+        wanted = dict(there[name])
         if values or wanted:
             wanted = _planned(optimizer, known[name]) | wanted
         expected |= {f"{slot} of {name}": value for slot, value in wanted.items()}
         found |= {f"{slot} of {name}": value for slot, value in values.items()}
     first = next((known[name] for name, values in checkpoint.slots.items() if values), None)
-    extra = extras(optimizer) or ({} if first is None else _new_extra(optimizer, first))
+    extra = live.extras(optimizer) or ({} if first is None else _new_extra(optimizer, first))
     expected |= extra
     found |= checkpoint.extra
     shown = {n: tables.shown(_taken(v, expected[n].dtype, checkpoint.source) if n in expected else v) for n, v in found.items()}
@@ -269,7 +217,7 @@ def _new_extra(optimizer: Optimizer, first: Tensor) -> dict[str, Tensor]:
     """The extra weights that a first step on `first` would create."""
     probe = type(optimizer).from_config(optimizer.get_config())
     probe.build([torch.zeros((), dtype=first.dtype)])
-    return extras(probe)
+    return live.extras(probe)
 
 
 def _check_values(checkpoint: Checkpoint, known: dict[str, Tensor], with_values: bool) -> None:

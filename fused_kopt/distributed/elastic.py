@@ -15,13 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 from torch.distributed.checkpoint.planner import SavePlan
 
 from fused_kopt import collectives
-from fused_kopt.checkpoint import snapshot, tables
+from fused_kopt.checkpoint import tables
 from fused_kopt.checkpoint.neutral import Variables, named
 from fused_kopt.checkpoint.storage import FilePath
 from fused_kopt.collectives import Group
 from fused_kopt.distributed import elastic_files, elastic_loading, elastic_saving, elastic_versions
 from fused_kopt.distributed import elastic_ranks as ranks
-from fused_kopt.distributed.elastic_files import Chunk
 from fused_kopt.distributed.elastic_loading import Blank
 from fused_kopt.distributed.elastic_saving import Captured
 from fused_kopt.errors import CheckpointError
@@ -112,7 +111,7 @@ def load(
         settings: restore hyperparameters too, as for `fused_kopt.checkpoint.load`.
         with_values: also write the variables' values.
 
-    All files' checksums are compared first. torch.distributed.checkpoint's own `.metadata` is a pickle: load only what you trust.
+    All files' checksums are compared first. torch.distributed.checkpoint's `.metadata` is unpickled: load only what you trust.
 
     Raises CheckpointError, with a table of what differs, where there is no checkpoint, a file is damaged or something does not fit;
     PeerError where that is so on another rank; OSError. Nothing has been written then on any rank.
@@ -125,22 +124,16 @@ def load(
         elastic_loading.check(schema.state, optimizer, known, settings, with_values)
         elastic_files.verify(version, dict(list(schema.files.items())[rank :: collectives.size(group)]))
 
-    def read() -> tuple[Blank, dict[str, Chunk]]:
-        blank = elastic_loading.blank(schema.state, optimizer, known, "cpu")
-        values = elastic_loading.blank_values(known) if with_values else {}
-        elastic_files.read(version, blank.chunks | values)
-        return blank, values
-
-    def write() -> None:
-        snapshot.fill(blank.checkpoint, optimizer, blank.known, settings)
-        elastic_loading.write_values(values, known)
-        for name, multiplier in schema.state["multipliers"].items() if settings else ():
-            optimizer.scale_learning_rate([known[name]], multiplier)
+    def read() -> Blank:
+        blank = elastic_loading.blank(schema.state, optimizer, known)
+        blank.chunks.update(elastic_loading.values(known) if with_values else {})
+        elastic_files.read(version, blank.chunks)
+        return blank
 
     ranks.on_all(check, group)
     ranks.on_all(lambda: elastic_loading.build(schema.state, optimizer, known), group)
-    blank, values = ranks.on_all(read, group)
-    ranks.on_all(write, group)
+    blank = ranks.on_all(read, group)
+    ranks.on_all(lambda: elastic_loading.write(schema.state, blank, optimizer, known, settings), group)
 
 
 # A checkpoint's course.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_kopt import layout
-from fused_kopt.checkpoint import scaling, snapshot, tables
+from fused_kopt.checkpoint import live, scaling, snapshot, tables
 from fused_kopt.checkpoint.neutral import Checkpoint
 from fused_kopt.distributed.elastic_files import Chunk
 from fused_kopt.distributed.elastic_pieces import DTYPES, Part, described, pieces, some
@@ -24,8 +24,8 @@ class Blank(NamedTuple):
     """What the checkpoint's names are here: variables or pieces of them."""
 
 
-def blank(state: dict[str, Any], optimizer: Optimizer, variables: Mapping[str, Tensor], device: str) -> Blank:
-    """The slots that this rank reads, still without values. device: "meta" where they are not wanted."""
+def blank(state: dict[str, Any], optimizer: Optimizer, variables: Mapping[str, Tensor], device: str = "cpu") -> Blank:
+    """The slots that this rank reads, not read yet. device: "meta" if they never will be."""
     inner = scaling.inner(optimizer)
     mine = pieces(inner, variables)
     known = {name: piece.tensor for name, piece in mine.items() if piece.tensor is not None}
@@ -40,11 +40,13 @@ def blank(state: dict[str, Any], optimizer: Optimizer, variables: Mapping[str, T
             found[slot] = _laid(data, part, known[name])
     extra = {name: torch.tensor(value, dtype=DTYPES[dtype]) for name, (dtype, value) in state["extra"].items()}
     if not any(slots.values()):  # see `capture`: what steps carry here has no dtype that matters
-        live = snapshot.extras(inner)
+        carried = live.extras(inner)
         extra = {
-            name: value.to(live[name].dtype) if name in live else value for name, value in extra.items() if name in (*live, *scaling.NAMES)
+            name: value.to(carried[name].dtype) if name in carried else value
+            for name, value in extra.items()
+            if name in (*carried, *scaling.NAMES)
         }
-    strides = {name: snapshot.order(variable) for name, variable in known.items()}  # `check` compares those of whole variables
+    strides = {name: live.order(variable) for name, variable in known.items()}  # `check` compares those of whole variables
     return Blank(some(chunks), Checkpoint(state["class_name"], state["config"], state["iterations"], slots, extra, strides=strides), known)
 
 
@@ -55,18 +57,10 @@ def _laid(data: Tensor, part: Part, variable: Tensor) -> Tensor:
     return layout.shaped(data, variable) if part.group == 1 else data
 
 
-def blank_values(variables: Mapping[str, Tensor]) -> dict[str, Chunk]:
+def values(variables: Mapping[str, Tensor]) -> dict[str, Chunk]:
     """The chunks of all variables' values, which every rank reads."""
     found = {f"variable/{name}": Chunk(0, v.numel(), torch.empty(v.numel(), dtype=v.dtype, device="cpu")) for name, v in variables.items()}
     return some(found)
-
-
-@torch.no_grad()
-def write_values(chunks: Mapping[str, Chunk], variables: Mapping[str, Tensor]) -> None:
-    """Write what was read into the variables."""
-    for name, variable in variables.items():
-        if f"variable/{name}" in chunks:
-            variable.copy_(layout.shaped(chunks[f"variable/{name}"].data, variable))
 
 
 def check(state: dict[str, Any], optimizer: Optimizer, variables: Mapping[str, Tensor], settings: bool, with_values: bool) -> None:
@@ -85,3 +79,14 @@ def build(state: dict[str, Any], optimizer: Optimizer, variables: Mapping[str, T
     started = [variables[name] for name, found in state["slots"].items() if found]
     if started:
         snapshot.begin(scaling.inner(optimizer), started)
+
+
+@torch.no_grad()
+def write(state: dict[str, Any], read: Blank, optimizer: Optimizer, variables: Mapping[str, Tensor], settings: bool) -> None:
+    """Write what was read into the optimizer, and into the variables where `values` are among the chunks."""
+    snapshot.fill(read.checkpoint, optimizer, read.known, settings)
+    for name, multiplier in state["multipliers"].items() if settings else ():
+        optimizer.scale_learning_rate([variables[name]], multiplier)
+    for name, variable in variables.items():
+        if f"variable/{name}" in read.chunks:
+            variable.copy_(layout.shaped(read.chunks[f"variable/{name}"].data, variable))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fused_kopt import collectives, layout
-from fused_kopt.checkpoint import scaling, snapshot, tables
+from fused_kopt.checkpoint import live, scaling, tables
 from fused_kopt.collectives import Group
 from fused_kopt.distributed.elastic_files import Chunk
 from fused_kopt.distributed.elastic_pieces import NAMES, Part, Piece, described, pieces, shares, some
@@ -28,10 +28,10 @@ def capture(optimizer: Optimizer, variables: Mapping[str, Tensor], group: Group,
     """This rank's share, copied to the CPU. Raises TornStepError; ValueError where the optimizer has slots for a tensor without name."""
     scale, optimizer = scaling.live(optimizer), scaling.inner(optimizer)
     with optimizer._lock:
-        snapshot.refuse_torn(optimizer)
+        live.refuse_torn(optimizer)
         mine = pieces(optimizer, variables)
         names = {id(piece.tensor): name for name, piece in mine.items() if piece.tensor is not None}
-        views = snapshot.slot_views(optimizer, names)
+        views = live.slot_views(optimizer, names)
         parts = {name: {slot: _part(optimizer, mine[name], slot, view) for slot, view in found.items()} for name, found in views.items()}
         known = {id(variable): name for name, variable in variables.items()}
         common = {
@@ -43,7 +43,7 @@ def capture(optimizer: Optimizer, variables: Mapping[str, Tensor], group: Group,
             "slots": {name: found for name, found in parts.items() if not mine[name].sharded},
             "multipliers": {known[i]: m for i, (_, m) in optimizer._multipliers.items() if i in known},
         }
-        extra = (snapshot.extras(optimizer) if any(views.values()) else {}) | scale  # without slots, what steps carry is nobody's
+        extra = (live.extras(optimizer) if any(views.values()) else {}) | scale  # without slots, what steps carry is nobody's
         shards = {name: found for name, found in parts.items() if mine[name].sharded and found}
         own: dict[str, dict[str, Any]] = {
             "slots": shards,
