@@ -46,7 +46,7 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
             {name: _copy(value) for name, value in (live.extras(optimizer) | scale).items()},
             {name: _copy(value) for name, value in known.items()} if with_values else {},
             {names[i]: {MULTIPLIER: m} for i, (_, m) in optimizer._multipliers.items() if i in names},
-            strides={name: found for name, values in owned.items() if (found := live.order(known[name])) and live.scaled(values)},
+            strides={name: found for name, values in owned.items() if live.scaled(values) and (found := live.order(known[name]))},
         )
 
 
