@@ -162,6 +162,9 @@ class Reduction:
     def leave(self) -> None:
         """See Stage."""
 
+    def publish(self) -> None:
+        """See Stage."""
+
     def settle(self, owner: Any, variables: Sequence[Tensor]) -> Sequence[Tensor]:
         """See Stage."""
         return variables

@@ -39,6 +39,9 @@ class Stage(Protocol):
     def leave(self) -> None:
         """All launches are under way."""
 
+    def publish(self) -> None:
+        """What the optimizer's pieces hold goes to the caller's variables, outside a step."""
+
     def settle(self, owner: Any, variables: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the optimizer keeps slots for in place of these variables (`Optimizer.build`)."""
 

@@ -82,7 +82,7 @@ def full_slot(optimizer: Any, variable: Tensor, name: str) -> Tensor:
     """
     owner, stage = stage_of(optimizer, Shards)
     number, index = stage.home.get(id(variable), (-1, 0))
-    if number < 0 or id(variable) not in stage._numbered or name not in [s.name for s in slots.flatten(owner.slot_groups())]:
+    if number < 0 or id(variable) not in stage._numbered or name not in [s.name for s in slots.flatten(owner._all_slots())]:
         raise KeyError(f"No slot {name!r} for this variable {tuple(variable.shape)}. Slots: {owner.get_slot_names()}.")
     part, (piece, start, end) = stage.parts[number], stage.own[id(variable)]
     whole = torch.zeros(len(part.flat), dtype=layout.compute_dtype(variable.dtype), device=variable.device)

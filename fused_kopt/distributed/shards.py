@@ -177,22 +177,30 @@ class Shards:
     def after(self, bucket: Bucket) -> None:
         """See Stage."""
 
-    def _gather(self, end: int) -> None:
-        """Start to gather the parts below `end`, all ranks in this order."""
+    def _gather(self, end: int, changed: bool = True) -> None:
+        """Start to gather the parts below `end`, all ranks in this order. changed: those alone that had gradients."""
         for number in range(end):
             part = self.parts[number]
-            if self.incoming[number].kind is not None and number not in self._waits:
+            if (self.incoming[number].kind is not None or not changed) and number not in self._waits:
                 mine = part.flat[self.rank * part.share :][: part.share]
                 self._waits[number] = collectives.gather(part.flat, mine, self.settings.group)
 
     def leave(self) -> None:
         """See Stage."""
         self._gather(len(self.parts))
+        self._wait()
+        self.backward.reset()
+
+    def publish(self) -> None:
+        """See Stage."""
+        self._gather(len(self.parts), changed=False)
+        self._wait()
+
+    def _wait(self) -> None:
         waits, self._waits = self._waits, {}
         for number, wait in waits.items():
             wait()
             torch.autograd.graph.increment_version(self.parts[number].variables)
-        self.backward.reset()
 
     def settle(self, owner: Any, variables: Sequence[Tensor]) -> Sequence[Tensor]:
         """See Stage. Every rank must call it, with the same variables."""
