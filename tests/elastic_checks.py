@@ -146,10 +146,12 @@ POLICIES: dict[str, tuple[Any, torch.dtype]] = {
 }
 
 
-def made(rule: str, policy: str, scaled: bool = False) -> tuple[Any, torch.dtype]:
+def made(rule: str, policy: str, whole: bool = False) -> tuple[Any, torch.dtype]:
+    """An optimizer, and the dtype of its variables. whole: with all else that can be saved."""
     how, dtype = POLICIES[policy]
-    optimizer = build(rule, precision=how)
-    return (LossScaleOptimizer(optimizer, initial_scale=8.0) if scaled else optimizer), dtype
+    if whole:
+        return LossScaleOptimizer(build(rule, precision=how, ema_momentum=0.9), initial_scale=8.0), dtype
+    return build(rule, precision=how), dtype
 
 
 # Save with some ranks, resume with others.
@@ -158,7 +160,7 @@ def made(rule: str, policy: str, scaled: bool = False) -> tuple[Any, torch.dtype
 @functools.cache
 def reference(rule: str, policy: str, steps: int) -> dict[str, Any]:
     """The content after so many steps of one process."""
-    optimizer, dtype = made(rule, policy, scaled=True)
+    optimizer, dtype = made(rule, policy, whole=True)
     named = variables(dtype)
     optimizer.scale_learning_rate([named["bias"]], 0.5)
     for number in range(steps):
@@ -168,7 +170,7 @@ def reference(rule: str, policy: str, steps: int) -> dict[str, Any]:
 
 def resumable(rule: str, policy: str, sharded: bool, seed: int = 0) -> tuple[Any, Named]:
     """A new optimizer, and its variables."""
-    optimizer, dtype = made(rule, policy, scaled=True)
+    optimizer, dtype = made(rule, policy, whole=True)
     if sharded:
         shard(optimizer, part_bytes=1200)  # several parts
     return optimizer, variables(dtype, seed)
@@ -394,7 +396,7 @@ def damage(folder: Path) -> None:
 @checks((0,), (2,))
 def steps_go_on_while_a_save_is_under_way(folder: Path, ranks: int) -> None:
     def work(rank: int) -> None:
-        optimizer, dtype = made("nadam", "bf16_split", scaled=True)
+        optimizer, dtype = made("nadam", "bf16_split", whole=True)
         named = variables(dtype)
         for number in range(6):
             step(optimizer, named, number)
@@ -403,7 +405,7 @@ def steps_go_on_while_a_save_is_under_way(folder: Path, ranks: int) -> None:
             step(optimizer, named, 100 + number)  # changes what was to be saved, were it not copied
             if ranks:
                 dist.all_reduce(torch.ones(1000))  # on the group of training
-            other, _ = made("nadam", "bf16_split", scaled=True)
+            other, _ = made("nadam", "bf16_split", whole=True)
             if number % 2:
                 saving.wait()
             elastic.load(folder, other, (target := variables(dtype, seed=1)), with_values=True)

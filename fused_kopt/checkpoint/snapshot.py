@@ -196,6 +196,8 @@ def _schema(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tenso
     extra = live.extras(optimizer) or ({} if first is None else _new_extra(optimizer, first))
     expected |= extra
     found |= checkpoint.extra
+    lone = found.keys() ^ expected.keys()  # sharded optimizers keep no slots without elements
+    found, expected = ({n: v for n, v in there.items() if n not in lone or v.numel()} for there in (found, expected))
     shown = {n: tables.shown(_taken(v, expected[n].dtype, checkpoint.source) if n in expected else v) for n, v in found.items()}
     return shown, {n: tables.shown(v) for n, v in expected.items()}
 
