@@ -311,12 +311,13 @@ def unlike_on_one_rank(folder: Path, odd: int) -> None:
     on_ranks(2, work)
 
 
-@checks(*((case,) for case in ("torn", "name", "steps", "settings", "variables", "not JSON")))
+@checks(*((case,) for case in ("torn", "name", "steps", "settings", "variables", "values", "sharded", "not JSON")))
 def unlike_to_save(folder: Path, case: str) -> None:
     """On rank 1; what there was stays, and the next save takes no notice."""
     kinds = {"torn": (TornStepError, PeerError), "name": (ValueError, PeerError)}
 
     def work(rank: int) -> None:
+        group = dist.new_group([1], timeout=timedelta(seconds=60))
         optimizer, named = build("adam"), variables(torch.float32)
         step(optimizer, named, 0)
         elastic.save(folder, optimizer, named)
@@ -331,9 +332,12 @@ def unlike_to_save(folder: Path, case: str) -> None:
         elif case == "variables":
             given["long"] = given["long"][:999]
             odd = build("adam")
+        elif case == "sharded" and rank:
+            odd = shard(build("adam"), group)
+            step(odd, given, 0)
         elif case == "not JSON":
             odd.get_config = lambda: {"learning_rate": {1}}  # type: ignore[method-assign]
-        mine = (odd, given) if rank else (optimizer, named)
+        mine = (odd, given, None, case == "values") if rank else (optimizer, named)
         for save in (elastic.save, lambda *arguments: elastic.async_save(*arguments).wait()):
             with pytest.raises(kinds.get(case, (CheckpointError,) * 2)[1 - rank]):
                 save(folder, *mine)
@@ -450,14 +454,31 @@ def groups_come_and_go(folder: Path) -> None:
         dist.barrier()
         for _ in range(2):
             elastic.async_save(folder, optimizer, named).wait()
-        some = dist.new_group([0, 2])
+        some, beside = (dist.new_group([0, 2], timeout=timedelta(seconds=60)) for _ in range(2))
         if rank != 1:
             step(optimizer, named, 0)
-            elastic.async_save(folder / "some", optimizer, named, some).wait()
+            with pytest.raises(ValueError, match="`beside` must be given"):
+                elastic.async_save(folder / "some", optimizer, named, some)
+            elastic.async_save(folder / "some", optimizer, named, some, beside=beside).wait()
             other = build("adam")
             elastic.load(folder / "some", other, named, some)
             assert int(other.iterations) == 1
         elastic.load(folder, build("adam"), named)
+
+    on_ranks(3, work)
+
+
+@checks(())
+def some_of_the_ranks_that_share_an_optimizer(folder: Path) -> None:
+    def work(rank: int) -> None:
+        optimizer, named = shard(build("adam")), variables(torch.float32)
+        step(optimizer, named, 0)
+        for members in ([0], [0, 1]):
+            group = dist.new_group(members, timeout=timedelta(seconds=60))
+            if rank in members:
+                with pytest.raises(CheckpointError, match="`group`"):
+                    elastic.save(folder, optimizer, named, group)
+        assert not (folder / "latest").exists()
 
     on_ranks(3, work)
 

@@ -50,21 +50,29 @@ def save(folder: FilePath, optimizer: Optimizer, variables: Variables, group: Gr
     _commit(Path(folder), lambda: elastic_saving.capture(optimizer, named(variables), group, with_values), group)
 
 
-def async_save(folder: FilePath, optimizer: Optimizer, variables: Variables, group: Group = None, with_values: bool = False) -> "Saving":
+def async_save(
+    folder: FilePath, optimizer: Optimizer, variables: Variables, group: Group = None, with_values: bool = False, beside: Group = None
+) -> "Saving":
     """`save` in the background: the state is copied to the CPU's memory, then training may go on.
 
-    Ranks talk over gloo, in a group of their own, so that their messages never meet those of a step. One save is under way at a time: the
-    next one waits for it, and so does `load`. Arguments: as for `save`. What `save` raises comes out of the result's `wait`; wait for
-    the last one before the process group is destroyed.
+    One save is under way at a time: the next one waits for it, and so does `load`. What `save` raises comes out of the result's `wait`;
+    wait for the last one before the process group is destroyed.
+
+    Args:
+        folder, optimizer, variables, group, with_values: as for `save`.
+        beside: a gloo group of the same ranks that nothing else uses, so that messages of this never meet those of a step. Required with
+            a `group`; of all ranks it is made by the first call.
+
+    Raises ValueError for a `group` without `beside`.
     """
     _join_last()
+    messages = ranks.beside(group, beside)
     captured: Future[Captured] = Future()
     try:
         captured.set_result(elastic_saving.capture(optimizer, named(variables), group, with_values))
     except Exception as error:  # for all ranks, which are about to meet
         captured.set_exception(error)
-    beside = ranks.beside(group)
-    return Saving(lambda: _commit(Path(folder), captured.result, beside))
+    return Saving(lambda: _commit(Path(folder), captured.result, messages))
 
 
 class Saving:
@@ -193,8 +201,8 @@ def _refuse(commons: list[dict[str, Any]]) -> None:
 
 
 def _lines(common: dict[str, Any]) -> dict[str, str]:
-    """What is the same on every rank, entry by entry."""
-    found = {"class_name": common["class_name"], "iterations": common["iterations"], "with_values": common["values"]}
-    for kind in ("config", "variables", "slots", "multipliers"):
-        found |= {f"{kind}: {name}": value for name, value in common[kind].items()}
+    """What must be the same on every rank, entry by entry."""
+    found: dict[str, Any] = {}
+    for kind, told in common.items():
+        found |= {f"{kind}: {name}": value for name, value in told.items()} if isinstance(told, dict) else {kind: told}
     return {name: str(value) for name, value in found.items()}

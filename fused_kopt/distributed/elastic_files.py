@@ -23,6 +23,7 @@ from fused_kopt.errors import CheckpointError
 FORMAT, VERSION = "fused_kopt.distributed", 1
 SCHEMA = "checkpoint.json"
 BLOCK = 1 << 20  # bytes of a file that are summed at a time
+OLDER = "Load an older checkpoint: pass the path of another version-... folder beside it."
 
 
 class Chunk(NamedTuple):
@@ -153,9 +154,6 @@ def verify(folder: Path, files: Mapping[str, Sequence[int]]) -> None:
         found = _summed(folder / name) if (folder / name).is_file() else None
         if found != (size, crc):
             raise CheckpointError(f"{folder / name} is damaged: bytes and CRC-32 are {found}, were {(size, crc)}. {OLDER}")
-
-
-OLDER = "Load an older checkpoint: pass the path of another version-... folder beside it."
 
 
 def read(folder: Path, chunks: Chunks) -> None:

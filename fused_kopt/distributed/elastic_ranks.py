@@ -46,12 +46,15 @@ def on_first(work: Callable[[], T], group: Group) -> T:
 _groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = weakref.WeakKeyDictionary()
 
 
-def beside(group: Group) -> Group:
-    """A group of the same ranks over gloo, for a thread's messages; made once."""
-    if collectives.size(group) == 1:
-        return group
-    key = group or dist.group.WORLD
-    assert key is not None
-    if key not in _groups:
-        _groups[key] = dist.new_group(dist.get_process_group_ranks(key), backend="gloo", use_local_synchronization=True)
-    return _groups[key]
+def beside(group: Group, given: Group) -> Group:
+    """A group of the same ranks for a thread's messages. Of all ranks it is made here, once. Raises ValueError where `given` is needed."""
+    if collectives.size(group) == 1 or given is not None:
+        return given or group
+    world = dist.group.WORLD
+    assert world is not None
+    if group not in (None, world):
+        # new_group() needs all processes; with use_local_synchronization, torch 2.13 hangs if ranks are in different numbers of groups
+        raise ValueError("`beside` must be given with `group`: new_group(ranks, backend='gloo'), made by all processes, for this alone.")
+    if world not in _groups:
+        _groups[world] = dist.new_group(backend="gloo")
+    return _groups[world]

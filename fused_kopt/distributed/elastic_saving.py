@@ -1,5 +1,6 @@
 """What a rank contributes to a checkpoint, and what the ranks' contributions are together."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ class Captured(NamedTuple):
     common: dict[str, Any]
     """What is the same on all ranks, JSON-able."""
     own: dict[str, dict[str, Any]]
-    """What other ranks may not know: `slots` of pieces and the `numbers` that order them, `extra`."""
+    """What other ranks may not know: `ranges`, `slots` of pieces and the `numbers` that order them, `extra`."""
     chunks: dict[str, Chunk]
 
 
@@ -42,10 +43,12 @@ def capture(optimizer: Optimizer, variables: Mapping[str, Tensor], group: Group,
             "values": with_values,
             "slots": {name: found for name, found in parts.items() if not mine[name].sharded},
             "multipliers": {known[i]: m for i, (_, m) in optimizer._multipliers.items() if i in known},
+            "sharded": [name for name, piece in mine.items() if piece.sharded],
         }
         extra = (live.extras(optimizer) if any(views.values()) else {}) | scale  # without slots, what steps carry is nobody's
         shards = {name: found for name, found in parts.items() if mine[name].sharded and found}
         own: dict[str, dict[str, Any]] = {
+            "ranges": {name: (piece.start, piece.end) for name, piece in mine.items() if piece.sharded},
             "slots": shards,
             "numbers": {name: _number(optimizer, mine[name]) for name in shards},
             "extra": {name: (NAMES[v.dtype], v.item()) for name, v in extra.items()},
@@ -92,14 +95,22 @@ def _copy(view: Tensor, held: tuple[int, int], written: tuple[int, int], whole: 
 
 
 def merged(common: dict[str, Any], owns: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """The state of all ranks, as JSON has it. Raises CheckpointError where two ranks say different things of one name."""
+    """The state of all ranks, as JSON has it. Raises CheckpointError where two ranks differ, or all together lack a part."""
+    for name in common["sharded"]:
+        there = sum(end - start for start, end in {own["ranges"][name] for own in owns})
+        if there != math.prod(common["variables"][name][0]):
+            raise CheckpointError(
+                f"These ranks have {there} elements of {name}'s slots, not all. Pass the `group` that shares the optimizer."
+            )
     found: dict[str, dict[str, Any]] = {"slots": {}, "numbers": {}, "extra": {}}
     for rank, own in enumerate(owns):
-        for kind, told in own.items():
-            before = {name: str(found[kind][name]) for name in told if name in found[kind]}
-            lines = tables.rows({name: str(told[name]) for name in before}, before)
+        for kind, before in found.items():
+            told = own[kind]
+            both = [name for name in told if name in before]
+            lines = tables.rows({name: str(told[name]) for name in both}, {name: str(before[name]) for name in both})
             tables.refuse_unless(lines, f"Rank {rank} and those before it have different {kind}:")
-            found[kind] |= told
+            before |= told
     numbers = found.pop("numbers")
     pieces = {name: found["slots"][name] for name in sorted(numbers, key=lambda name: numbers[name])}
-    return common | found | {"slots": common["slots"] | pieces}
+    state = {kind: told for kind, told in common.items() if kind != "sharded"}
+    return state | found | {"slots": common["slots"] | pieces}
