@@ -13,7 +13,7 @@ from fused_kopt.engine import Engine
 from fused_kopt.execute import Executor
 from fused_kopt.flat import Flat
 from fused_kopt.recording import StepStats
-from fused_kopt.repeats import Repeats, flattened
+from fused_kopt.repeats import Repeats
 from fused_kopt.replays import Replays
 
 
@@ -116,7 +116,7 @@ class Optimizer(Engine):
         if steps < 1:
             raise ValueError(f"`steps` must be at least 1. Received: steps={steps}.")
         with self._one_step():
-            given = grads_and_vars if isinstance(grads_and_vars, Flat) else flattened(grads_and_vars)[1]
+            given = grads_and_vars if isinstance(grads_and_vars, Flat) else gradients.flattened(grads_and_vars)[1]
             repeat = self._known(given, aggregated=True)
             if repeat is None:
                 raise RuntimeError(
