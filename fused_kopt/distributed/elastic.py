@@ -3,27 +3,21 @@
 A folder has versions, each complete or none, and a pointer to the newest, which is replaced as one.
 """
 
-import hashlib
-import json
 import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
-
-from torch.distributed.checkpoint.planner import SavePlan
+from typing import ClassVar
 
 from fused_kopt import collectives
-from fused_kopt.checkpoint import tables
 from fused_kopt.checkpoint.neutral import Variables, named
 from fused_kopt.checkpoint.storage import FilePath
 from fused_kopt.collectives import Group
-from fused_kopt.distributed import elastic_files, elastic_loading, elastic_saving, elastic_versions
+from fused_kopt.distributed import elastic_loading, elastic_saving, elastic_schema, elastic_versions
 from fused_kopt.distributed import elastic_ranks as ranks
 from fused_kopt.distributed.elastic_loading import Blank
 from fused_kopt.distributed.elastic_saving import Captured
-from fused_kopt.errors import CheckpointError
 from fused_kopt.optimizer import Optimizer
 
 logger = logging.getLogger("fused_kopt")
@@ -46,8 +40,10 @@ def save(folder: FilePath, optimizer: Optimizer, variables: Variables, group: Gr
     Raises TornStepError after an interrupted step, ValueError where a slot's variable has no name, CheckpointError where ranks differ or
     settings are not JSON, PeerError where another rank failed, OSError; on all ranks. `latest` is as it was then.
     """
+    from fused_kopt.distributed import elastic_commit
+
     _join_last()
-    _commit(Path(folder), lambda: elastic_saving.capture(optimizer, named(variables), group, with_values), group)
+    elastic_commit.commit(Path(folder), lambda: elastic_saving.capture(optimizer, named(variables), group, with_values), group)
 
 
 def async_save(
@@ -65,6 +61,8 @@ def async_save(
 
     Raises ValueError for a `group` without `beside`.
     """
+    from fused_kopt.distributed import elastic_commit
+
     _join_last()
     messages = ranks.beside(group, beside)
     captured: Future[Captured] = Future()
@@ -72,7 +70,7 @@ def async_save(
         captured.set_result(elastic_saving.capture(optimizer, named(variables), group, with_values))
     except Exception as error:  # for all ranks, which are about to meet
         captured.set_exception(error)
-    return Saving(lambda: _commit(Path(folder), captured.result, messages))
+    return Saving(lambda: elastic_commit.commit(Path(folder), captured.result, messages))
 
 
 class Saving:
@@ -124,13 +122,15 @@ def load(
     Raises CheckpointError, with a table of what differs, where there is no checkpoint, a file is damaged or something does not fit;
     PeerError where that is so on another rank; OSError. Nothing has been written then on any rank.
     """
+    from fused_kopt.distributed import elastic_files
+
     _join_last()
     rank, known = collectives.rank(group), ranks.on_all(lambda: named(variables), group)
     version, schema = ranks.on_first(lambda: elastic_versions.newest(Path(folder)), group)
 
     def check() -> None:
         elastic_loading.check(schema.state, optimizer, known, settings, with_values)
-        elastic_files.verify(version, dict(list(schema.files.items())[rank :: collectives.size(group)]))
+        elastic_schema.verify(version, dict(list(schema.files.items())[rank :: collectives.size(group)]))
 
     def read() -> Blank:
         blank = elastic_loading.blank(schema.state, optimizer, known)
@@ -142,67 +142,3 @@ def load(
     ranks.on_all(lambda: elastic_loading.build(schema.state, optimizer, known), group)
     blank = ranks.on_all(read, group)
     ranks.on_all(lambda: elastic_loading.write(schema.state, blank, optimizer, known, settings), group)
-
-
-# A checkpoint's course.
-
-
-class _Told(NamedTuple):
-    """What ranks tell each other before a save."""
-
-    digest: str
-    """Of what must be the same on all."""
-    own: dict[str, dict[str, Any]]
-    plan: SavePlan
-    version: Path | None
-
-
-def _commit(folder: Path, captured: Callable[[], Captured], group: Group) -> None:
-    """Write what every rank has captured as a new version, and point to it."""
-    rank = collectives.rank(group)
-    shares: list[Captured] = []
-
-    def prepare() -> _Told:
-        shares.append(captured())
-        mine = shares[0]
-        plan = elastic_files.planned(mine.chunks)
-        return _Told(_digest(mine.common), mine.own, plan, elastic_versions.begun(folder) if rank == 0 else None)
-
-    told = ranks.gathered(prepare, group)
-    version, mine = told[0].version, shares[0]
-    assert version is not None
-    if len({each.digest for each in told}) > 1:
-        _refuse(ranks.gathered(lambda: mine.common, group))
-    state = elastic_saving.merged(mine.common, [each.own for each in told])
-    plans, metadata = elastic_files.joined([each.plan for each in told])
-    written = ranks.gathered(lambda: elastic_files.write(version, mine.chunks, plans, rank), group)
-
-    def publish() -> None:
-        elastic_files.finish(version, metadata, written, state)
-        elastic_versions.publish(version)
-
-    ranks.on_first(publish, group)
-
-
-def _digest(common: dict[str, Any]) -> str:
-    """Of what must be the same on every rank."""
-    try:
-        text = json.dumps(common)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"The configuration of this {common['class_name']} cannot be written as JSON: {error}") from error
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _refuse(commons: list[dict[str, Any]]) -> None:
-    """Raises CheckpointError for the first rank that differs from rank 0."""
-    first = _lines(commons[0])
-    for rank, common in enumerate(commons):
-        tables.refuse_unless(tables.rows(_lines(common), first), f"Rank {rank} (found) has something else to save than rank 0 (expected):")
-
-
-def _lines(common: dict[str, Any]) -> dict[str, str]:
-    """What must be the same on every rank, entry by entry."""
-    found: dict[str, Any] = {}
-    for kind, told in common.items():
-        found |= {f"{kind}: {name}": value for name, value in told.items()} if isinstance(told, dict) else {kind: told}
-    return {name: str(value) for name, value in found.items()}

@@ -1,10 +1,8 @@
-"""A checkpoint's folder: ranges of 1-D tensors through torch.distributed.checkpoint's planners, writer and reader; what they mean as JSON.
+"""A checkpoint's tensors: ranges of 1-D ones, through torch.distributed.checkpoint's planners, writer and reader.
 
 DCP's own `save` and `load` would exchange the plans too; they warn where there is no process group, and raise a BaseException.
 """
 
-import json
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,31 +15,17 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from fused_kopt.checkpoint import storage
+from fused_kopt.distributed import elastic_schema
+from fused_kopt.distributed.elastic_pieces import Chunk
+from fused_kopt.distributed.elastic_schema import OLDER, Schema
 from fused_kopt.errors import CheckpointError
 
-FORMAT, VERSION = "fused_kopt.distributed", 1
-SCHEMA = "checkpoint.json"
-BLOCK = 1 << 20  # bytes of a file that are summed at a time
-OLDER = "Load an older checkpoint: pass the path of another version-... folder beside it."
-
-
-class Chunk(NamedTuple):
-    """A range of a 1-D tensor of which ranks have different ranges."""
-
-    start: int
-    size: int
-    """Of the whole tensor."""
-    data: Tensor
-    """The range's elements, 1-D, on the CPU."""
-
-    @property
-    def place(self) -> ChunkStorageMetadata:
-        """The range in DCP's words."""
-        return ChunkStorageMetadata(torch.Size([self.start]), self.data.size())
-
-
 Chunks = Mapping[str, Chunk]
+
+
+def _place(chunk: Chunk) -> ChunkStorageMetadata:
+    """A chunk's range in DCP's words."""
+    return ChunkStorageMetadata(torch.Size([chunk.start]), chunk.data.size())
 
 
 class _Saver(DefaultSavePlanner):
@@ -55,8 +39,8 @@ class _Saver(DefaultSavePlanner):
         return SavePlan([self._item(key, chunk) for key, chunk in self.chunks.items()])
 
     def _item(self, key: str, chunk: Chunk) -> WriteItem:
-        data = TensorWriteData(chunk.place, TensorProperties(chunk.data.dtype), torch.Size([chunk.size]))
-        return WriteItem(MetadataIndex(key, chunk.place.offsets), WriteItemType.SHARD, tensor_data=data)
+        data = TensorWriteData(_place(chunk), TensorProperties(chunk.data.dtype), torch.Size([chunk.size]))
+        return WriteItem(MetadataIndex(key, [chunk.start]), WriteItemType.SHARD, tensor_data=data)
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self.chunks[index.fqn].data
@@ -76,7 +60,7 @@ class _Loader(DefaultLoadPlanner):
             saved = self.metadata.state_dict_metadata.get(key)
             if not isinstance(saved, TensorStorageMetadata) or saved.size != (chunk.size,) or saved.properties.dtype != chunk.data.dtype:
                 raise CheckpointError(f"{key!r} is {saved} in DCP's metadata, not {chunk.data.dtype} of size {chunk.size}.")
-            items = create_read_items_for_chunk_list(key, saved, [chunk.place])
+            items = create_read_items_for_chunk_list(key, saved, [_place(chunk)])
             if sum(item.lengths.numel() for item in items) != chunk.data.numel():
                 raise CheckpointError(
                     f"{key!r}: elements {chunk.start} to {chunk.start + chunk.data.numel()} are not all in the checkpoint."
@@ -110,50 +94,15 @@ def write(folder: Path, chunks: Chunks, plans: list[SavePlan], rank: int) -> Wri
     """Write this rank's file, flushed to the disk. plans: of `joined`."""
     writer = FileSystemWriter(folder)
     results = writer.write_data(writer.prepare_global_plan(plans)[rank], _Saver(chunks)).wait()
-    return Written(results, {file.name: _summed(file) for file in folder.glob(f"__{rank}_*")})
+    return Written(results, {file.name: elastic_schema.summed(file) for file in folder.glob(f"__{rank}_*")})
 
 
 def finish(folder: Path, metadata: Metadata, written: Sequence[Written], state: dict[str, Any]) -> None:
     """Complete a checkpoint of which every rank has written its part: DCP's metadata, then `state` and the files' sums as JSON."""
     FileSystemWriter(folder).finish(metadata, [mine.results for mine in written])
-    files = {name: sums for mine in written for name, sums in mine.files.items()} | {".metadata": _summed(folder / ".metadata")}
-    content = {"state": state, "files": files}
-    text = json.dumps({"format": FORMAT, "version": VERSION, "crc32": _crc(content), **content})
-    with storage.replacing(folder / SCHEMA) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-class Schema(NamedTuple):
-    """A checkpoint's JSON."""
-
-    state: dict[str, Any]
-    files: dict[str, tuple[int, int]]
-
-
-def schema(folder: Path) -> Schema:
-    """What a checkpoint contains. Raises CheckpointError for a folder that is none, or a damaged one; OSError."""
-    path = folder / SCHEMA
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT or found["version"] != VERSION:
-            raise CheckpointError(f"{path} is {found['format']!r} {found['version']!r}; this fused_kopt reads {FORMAT!r} {VERSION}.")
-        if found["crc32"] != _crc({key: found[key] for key in Schema._fields}):
-            raise CheckpointError(f"{path} is damaged: its checksum is another.")
-        return Schema(found["state"], found["files"])
-    except (KeyError, TypeError, RecursionError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is not the description of a checkpoint: {error}") from error
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {SCHEMA}.") from error
-
-
-def verify(folder: Path, files: Mapping[str, Sequence[int]]) -> None:
-    """Raises CheckpointError for a file that is not as it was written. files: name -> bytes and CRC-32."""
-    for name, (size, crc) in files.items():
-        found = _summed(folder / name) if (folder / name).is_file() else None
-        if found != (size, crc):
-            raise CheckpointError(f"{folder / name} is damaged: bytes and CRC-32 are {found}, were {(size, crc)}. {OLDER}")
+    files = {name: sums for mine in written for name, sums in mine.files.items()}
+    files[".metadata"] = elastic_schema.summed(folder / ".metadata")
+    elastic_schema.write(folder, Schema(state, files))
 
 
 def read(folder: Path, chunks: Chunks) -> None:
@@ -168,15 +117,3 @@ def read(folder: Path, chunks: Chunks) -> None:
         raise
     except Exception as error:  # damaged files raise whatever the part that meets the damage raises
         raise CheckpointError(f"{folder} cannot be read: {error} {OLDER}") from error
-
-
-def _summed(file: Path) -> tuple[int, int]:
-    size = crc = 0
-    with file.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return size, crc
-
-
-def _crc(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content).encode())

@@ -7,13 +7,22 @@ import torch
 from torch import Tensor
 
 from fused_kopt import layout
-from fused_kopt.distributed.elastic_files import Chunk
 from fused_kopt.layout import ALIGNMENT
 from fused_kopt.optimizer import Optimizer
 
 KINDS = (*(torch.float16, torch.bfloat16, torch.float32, torch.float64), *(torch.uint8, torch.int8, torch.int16, torch.int64))
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in KINDS}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Chunk(NamedTuple):
+    """A range of a 1-D tensor of which ranks have different ranges."""
+
+    start: int
+    size: int
+    """Of the whole tensor."""
+    data: Tensor
+    """The range's elements, 1-D, on the CPU."""
 
 
 class Piece(NamedTuple):
