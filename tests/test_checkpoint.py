@@ -18,7 +18,7 @@ from support import DTYPES, RULES, assert_same, build, python, randn, state
 from torch import Tensor
 
 import fused_kopt
-from fused_kopt import checkpoint
+from fused_kopt import checkpoint, distributed
 from fused_kopt.errors import CheckpointError
 from fused_kopt.optimizers import schedules
 
@@ -84,7 +84,7 @@ train(optimizer, named, 0, 5)
 def stuck(path, flags):
     print("written", flush=True)
     time.sleep(60)
-storage._sync = stuck
+storage.sync = stuck
 checkpoint.save(sys.argv[1], optimizer, named)
 """
 
@@ -238,6 +238,46 @@ def test_a_torn_optimizer_is_not_saved(tmp_path: Path) -> None:
     optimizer._torn = True
     with pytest.raises(fused_kopt.TornStepError, match="interrupted"):
         checkpoint.save(tmp_path / "run.safetensors", optimizer, [])
+
+
+@pytest.mark.parametrize("saved", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("loaded", [torch.contiguous_format, torch.channels_last])
+def test_scales_belong_to_an_order_in_memory(saved: torch.memory_format, loaded: torch.memory_format, tmp_path: Path) -> None:
+    gradient = torch.randn(8, 4, 5, 5, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 8).view(8, 1, 1, 1)
+    first, second = (torch.ones(8, 4, 5, 5).bfloat16().contiguous(memory_format=how) for how in (saved, loaded))
+    optimizer, resumed = (fused_kopt.Adam(precision="bf16_8bit") for _ in range(2))
+    optimizer.apply_gradients([(gradient.bfloat16(), first)])
+    checkpoint.save(tmp_path / "run.safetensors", optimizer, {"v": first})
+    if saved == loaded:
+        checkpoint.load(tmp_path / "run.safetensors", resumed, {"v": second})
+        assert torch.equal(resumed.get_slot(second, "m"), optimizer.get_slot(first, "m"))
+    else:
+        with pytest.raises(CheckpointError, match="order in memory"):
+            checkpoint.load(tmp_path / "run.safetensors", resumed, {"v": second})
+        assert resumed.weights == []
+
+
+def test_a_sharded_optimizer_is_sent_to_distributed(tmp_path: Path) -> None:
+    path, optimizer, named = tmp_path / "run.safetensors", distributed.shard(build("adam")), variables()
+    with pytest.raises(ValueError, match=r"fused_kopt\.distributed\.save"):
+        checkpoint.save(path, optimizer, named)
+    checkpoint.save(path, build("adam"), named)
+    with pytest.raises(ValueError, match=r"fused_kopt\.distributed\.load"):
+        checkpoint.load(path, optimizer, named)
+    assert optimizer.weights == []
+
+
+def test_a_checkpoint_mends_a_torn_optimizer(tmp_path: Path) -> None:
+    path, optimizer, named = tmp_path / "run.safetensors", build("adam"), variables()
+    train(optimizer, named, 0, 2)
+    checkpoint.save(path, optimizer, named)
+    optimizer._torn = True
+    with pytest.raises(CheckpointError):
+        checkpoint.load(path, optimizer, {})
+    assert optimizer._torn
+    checkpoint.load(path, optimizer, named)
+    train(optimizer, named, 2, 3)
+    assert int(optimizer.iterations) == 3
 
 
 # Damaged and forged files.

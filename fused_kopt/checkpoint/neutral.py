@@ -30,6 +30,8 @@ class Checkpoint:
         overrides: variable name -> what differs from `config` for it: `learning_rate_multiplier` (scale_learning_rate), or the
             hyperparameters of a later parameter group of torch.optim.
         source: whose update rule made the state. It decides which differences `restore` warns of.
+        strides: variable name -> strides of the dimensions above 1, of variables that are not row-major in memory and whose 8-bit slots
+            have scales: elements share them in this order.
     """
 
     class_name: str
@@ -40,6 +42,7 @@ class Checkpoint:
     variables: dict[str, Tensor] = field(default_factory=dict)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     source: Source = "OptimizerV2"
+    strides: dict[str, list[int]] = field(default_factory=dict)
 
 
 def named(variables: Variables, what: str = "variables") -> dict[str, Tensor]:
@@ -94,4 +97,5 @@ def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
         {new.get(name, name): value for name, value in checkpoint.variables.items()},
         {new[name]: value for name, value in checkpoint.overrides.items()},
         checkpoint.source,
+        {new[name]: value for name, value in checkpoint.strides.items()},
     )

@@ -2,17 +2,17 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_kopt import hyperparameters, slots
-from fused_kopt.checkpoint import scaling, tables
+from fused_kopt.checkpoint import live, scaling, tables
 from fused_kopt.checkpoint.meaning import differences
 from fused_kopt.checkpoint.neutral import Checkpoint, Variables, named
-from fused_kopt.errors import CheckpointError, TornStepError
+from fused_kopt.errors import CheckpointError
 from fused_kopt.optimizer import Optimizer
 from fused_kopt.optimizers import registry
 
@@ -28,26 +28,25 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
         variables: (name, tensor) pairs, such as `model.named_parameters()`; all that the optimizer has slots for.
         with_values: also copy the variables' values.
 
-    Raises ValueError where the optimizer has slots for a tensor without name, TypeError for malformed `variables`, TornStepError after
-    an interrupted step.
+    Raises ValueError where the optimizer has slots for a tensor without name, or is sharded or offloaded, TypeError for malformed
+    `variables`, TornStepError after an interrupted step.
     """
     known, scale, optimizer = named(variables), scaling.live(optimizer), scaling.inner(optimizer)
     with optimizer._lock:
-        if optimizer._torn:
-            raise TornStepError("The last step was interrupted: some variables were updated, others not. Restore an older checkpoint.")
-        if any(stage.aggregates for stage in optimizer._stages):
-            raise ValueError("This optimizer is sharded: no rank has all of its state. Use fused_kopt.distributed.save.")
+        live.refuse_torn(optimizer)
+        _refuse_stages(optimizer, "save")
         state = optimizer._state
         names = _names(optimizer, known)
-        owned = {name: {slot: _copy(view) for slot, view in views.items()} for name, views in _views(optimizer, names).items()}
+        owned = {name: {slot: _copy(view) for slot, view in views.items()} for name, views in live.slot_views(optimizer, names).items()}
         return Checkpoint(
             type(optimizer).__name__,
             optimizer.get_config(),
             state.steps_taken(),
             owned,
-            {name: _copy(value) for name, value in (_extra(optimizer) | scale).items()},
+            {name: _copy(value) for name, value in (live.extras(optimizer) | scale).items()},
             {name: _copy(value) for name, value in known.items()} if with_values else {},
             {names[i]: {MULTIPLIER: m} for i, (_, m) in optimizer._multipliers.items() if i in names},
+            strides={name: found for name, values in owned.items() if live.scaled(values) and (found := live.order(known[name]))},
         )
 
 
@@ -57,37 +56,13 @@ def _names(optimizer: Optimizer, known: Mapping[str, Tensor]) -> dict[int, str]:
     return {id(other if other.shape == tensor.shape else tensor): name for name, tensor, other in kept}
 
 
+def _refuse_stages(optimizer: Optimizer, instead: str) -> None:
+    if any(stage.aggregates for stage in optimizer._stages):
+        raise ValueError(f"This optimizer is sharded: no rank has all of its state. Use fused_kopt.distributed.{instead}.")
+
+
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _views(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Tensor]]:
-    """Variable name -> slot name -> the live slot; variables in the order in which they got slots, then those without any."""
-    state = optimizer._state
-    place = {id(weight): position for position, weight in enumerate(state.weights)}
-    found: list[tuple[int, int, str, Tensor]] = []
-    tensors: dict[int, Tensor] = {}
-    for bucket in state.buckets.values():
-        tensors |= {id(variable): variable for variable in bucket.variables}
-        for slot, views in bucket.views.items():
-            entries = zip(bucket.variables, views, strict=True)
-            found += [(place[id(view)], id(variable), slot, view) for variable, view in entries if view is not None]
-    for (key, slot), (variable, view) in state.extra.items():
-        tensors[key] = variable
-        found.append((place[id(view)], key, slot, view))
-    unnamed = [tuple(tensors[key].shape) for key in dict.fromkeys(key for _, key, *_ in sorted(found)) if key not in names]
-    if unnamed:
-        raise ValueError(f"The optimizer has slots for variables that `variables` does not name, of shapes {unnamed}. Name them all.")
-    made: dict[str, dict[str, Tensor]] = {}
-    for _, key, slot, view in sorted(found, key=lambda entry: entry[0]):
-        made.setdefault(names[key], {})[slot] = view
-    return made | {name: {} for name in names.values() if name not in made}
-
-
-def _extra(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The weights that are neither iterations nor slots, by the attribute that holds them: Nadam's cache."""
-    listed = {id(weight) for weight in optimizer.weights} - {id(optimizer._state.iterations)}
-    return {name.lstrip("_"): value for name, value in vars(optimizer).items() if isinstance(value, Tensor) and id(value) in listed}
 
 
 def new_optimizer(checkpoint: Checkpoint) -> Optimizer:
@@ -113,43 +88,84 @@ def restore(checkpoint: Checkpoint, optimizer: Optimizer, variables: Variables, 
         with_values: also write the variables' values.
 
     Raises CheckpointError, with a table of what differs, where class, settings, names, shapes, dtypes or slots do not fit; what
-    `build` raises for a variable. Nothing is written then. Warns (UserWarning) where the source's update rule differs from ours.
+    `build` raises for a variable; ValueError for a sharded optimizer. Nothing is written then. Warns (UserWarning) where
+    the source's update rule differs from ours.
     """
-    known, scale, values = named(variables), scaling.live(optimizer), scaling.taken(checkpoint, optimizer)
-    optimizer, checkpoint = scaling.inner(optimizer), scaling.without(checkpoint) if values else checkpoint
-    with optimizer._lock:
-        twin = _check(checkpoint, optimizer, known, settings)
+    known, inner = named(variables), scaling.inner(optimizer)
+    with inner._lock:
+        _refuse_stages(inner, "load")
+        check(checkpoint, optimizer, known, settings)
         _check_values(checkpoint, known, with_values)
         for text in differences(checkpoint):
             warnings.warn(text, UserWarning, stacklevel=3)
         started = [known[name] for name, values in checkpoint.slots.items() if values]
-        if started or checkpoint.extra:
-            optimizer.build(started)
-        if twin is not None:
-            _adopt(optimizer, twin)
-            for name, keys in checkpoint.overrides.items():
-                optimizer.scale_learning_rate([known[name]], keys[MULTIPLIER])
-        _write(checkpoint, optimizer, known, with_values)
-        for name, value in values.items():
-            scale[name].fill_(value.item())
+        if started or set(checkpoint.extra) - set(scaling.NAMES):
+            begin(inner, started)
+        fill(checkpoint, optimizer, known, settings)
+        with torch.no_grad():
+            for name, value in checkpoint.variables.items() if with_values else ():
+                known[name].copy_(value)
 
 
-def _check(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], settings: bool) -> Optimizer | None:
-    """An optimizer with the checkpoint's settings, if they are wanted. Raises CheckpointError for everything that does not fit."""
+def check(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], settings: bool) -> None:
+    """Raises what `restore` raises, values of variables aside. Of the tensors only shapes and dtypes are looked at."""
+    values, inner = scaling.taken(checkpoint, optimizer), scaling.inner(optimizer)
+    with inner._lock:
+        _check(scaling.without(checkpoint) if values else checkpoint, inner, known, settings)
+
+
+def begin(optimizer: Optimizer, variables: Sequence[Tensor]) -> None:
+    """`build` before `fill`: an interrupted step, whose traces are about to be overwritten, does not matter."""
+    torn, optimizer._torn = optimizer._torn, False
+    try:
+        optimizer.build(variables)
+    finally:
+        optimizer._torn = torn
+
+
+@torch.no_grad()
+def fill(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], settings: bool) -> None:
+    """Write what `check` let through into an optimizer that has the slots."""
+    inner = scaling.inner(optimizer)
+    if settings:
+        _adopt(inner, _twin(checkpoint, inner))
+        for name, keys in checkpoint.overrides.items():
+            inner.scale_learning_rate([known[name]], keys[MULTIPLIER])
+    views = live.slot_views(inner, _names(inner, known))
+    for name, values in checkpoint.slots.items():
+        for slot, value in values.items():
+            views[name][slot].copy_(value)
+    extra = live.extras(inner) | scaling.live(optimizer)
+    for name, value in checkpoint.extra.items():
+        extra[name].fill_(value.item())
+    inner._state.make_iterations().fill_(checkpoint.iterations)
+    inner._torn = False
+
+
+def _check(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], settings: bool) -> None:
+    """Raises CheckpointError for everything that does not fit."""
     cls = type(optimizer).__name__
     if checkpoint.class_name != cls:
         raise CheckpointError(f"The checkpoint is of {checkpoint.class_name}, the optimizer is {cls}. Pass a {checkpoint.class_name}.")
-    twin = _twin(checkpoint, optimizer) if settings else None
+    if settings:
+        _twin(checkpoint, optimizer)
     own = {n: keys for n, keys in checkpoint.overrides.items() if settings and not (n in known and _is_multiplier(keys))}
     if own:
         message = "Settings of single variables do not fit this optimizer, but for a multiplier of the learning rate (settings=False"
         raise CheckpointError(f"{message} ignores them): {own}.")
     lists = [dict.fromkeys(names, "a variable") for names in (checkpoint.slots or known, known)]  # an .h5 of plain SGD names none
     tables.refuse_unless(tables.rows(*lists), "The checkpoint's variables are not those passed as `variables`. Rename or leave out:")
+    scaled = [name for name, values in checkpoint.slots.items() if live.scaled(values)]
+    orders = (
+        {name: checkpoint.strides.get(name) or "row-major" for name in scaled},
+        {name: live.order(known[name]) or "row-major" for name in scaled},
+    )
+    tables.refuse_unless(
+        tables.rows(*orders), "Elements share scales in the order in memory that was saved. Use its memory format (strides):"
+    )
     found, expected = _schema(checkpoint, optimizer, known)
     message = f"The checkpoint's slots do not fit this {cls}. Construct it with the checkpoint's settings, with variables of its shapes:"
     tables.refuse_unless(tables.rows(found, expected), message)
-    return twin
 
 
 def _is_multiplier(keys: dict[str, Any]) -> bool:
@@ -173,19 +189,21 @@ def _twin(checkpoint: Checkpoint, optimizer: Optimizer) -> Optimizer:
 
 def _schema(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
     """What the checkpoint has, and what the optimizer has or will create, by "slot of variable", as dtypes and shapes."""
-    live = _views(optimizer, _names(optimizer, known))
+    there = live.slot_views(optimizer, _names(optimizer, known))
     found: dict[str, Tensor] = {}
     expected: dict[str, Tensor] = {}
     for name, values in checkpoint.slots.items():
-        wanted = dict(live[name])
+        wanted = dict(there[name])
         if values or wanted:
             wanted = _planned(optimizer, known[name]) | wanted
         expected |= {f"{slot} of {name}": value for slot, value in wanted.items()}
         found |= {f"{slot} of {name}": value for slot, value in values.items()}
     first = next((known[name] for name, values in checkpoint.slots.items() if values), None)
-    extra = _extra(optimizer) or ({} if first is None else _new_extra(optimizer, first))
+    extra = live.extras(optimizer) or ({} if first is None else _new_extra(optimizer, first))
     expected |= extra
     found |= checkpoint.extra
+    lone = found.keys() ^ expected.keys()  # sharded optimizers keep no slots without elements
+    found, expected = ({n: v for n, v in there.items() if n not in lone or v.numel()} for there in (found, expected))
     shown = {n: tables.shown(_taken(v, expected[n].dtype, checkpoint.source) if n in expected else v) for n, v in found.items()}
     return shown, {n: tables.shown(v) for n, v in expected.items()}
 
@@ -207,7 +225,7 @@ def _new_extra(optimizer: Optimizer, first: Tensor) -> dict[str, Tensor]:
     """The extra weights that a first step on `first` would create."""
     probe = type(optimizer).from_config(optimizer.get_config())
     probe.build([torch.zeros((), dtype=first.dtype)])
-    return _extra(probe)
+    return live.extras(probe)
 
 
 def _check_values(checkpoint: Checkpoint, known: dict[str, Tensor], with_values: bool) -> None:
@@ -221,18 +239,3 @@ def _adopt(optimizer: Optimizer, twin: Optimizer) -> None:
         old = optimizer._hyper[name]
         if hyperparameters.is_schedule(old) or not callable(old):
             setattr(optimizer, name, value)
-
-
-@torch.no_grad()
-def _write(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor], with_values: bool) -> None:
-    live = _views(optimizer, _names(optimizer, known))
-    for name, values in checkpoint.slots.items():
-        for slot, value in values.items():
-            live[name][slot].copy_(value)
-    extra = _extra(optimizer)
-    for name, value in checkpoint.extra.items():
-        extra[name].copy_(value)
-    for name, value in checkpoint.variables.items() if with_values else ():
-        known[name].copy_(value)
-    optimizer._state.make_iterations().fill_(checkpoint.iterations)
-    optimizer._torn = False

@@ -27,14 +27,14 @@ def replacing(path: FilePath) -> Iterator[Path]:
     temporary.touch(exist_ok=False)  # an OSError of ours where nothing can be written
     try:
         yield temporary
-        _sync(temporary, os.O_RDWR)
+        sync(temporary, os.O_RDWR)
         os.replace(temporary, target)
-        _sync(target.parent, os.O_RDONLY)
+        sync(target.parent, os.O_RDONLY)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path, flags: int) -> None:
+def sync(path: Path, flags: int) -> None:
     if path.is_dir() and os.name == "nt":  # Windows opens no folders
         return
     handle = os.open(path, flags)
@@ -63,6 +63,7 @@ def write(path: FilePath, checkpoint: Checkpoint) -> None:
         "variables": list(checkpoint.variables),
         "overrides": checkpoint.overrides,
         "source": checkpoint.source,
+        **({"strides": checkpoint.strides} if checkpoint.strides else {}),  # readers that do not know them must not read the rest
     }
     try:
         text = json.dumps(schema)
@@ -122,6 +123,7 @@ def _assembled(schema: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint
         {name: tensors[f"variable/{name}"] for name in schema["variables"]},
         schema["overrides"],
         schema["source"],
+        schema["strides"],
     )
 
 
@@ -138,6 +140,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "variables": _strings,
     "overrides": lambda value: isinstance(value, dict) and all(isinstance(keys, dict) for keys in value.values()),
     "source": lambda value: value in SOURCES,
+    "strides": lambda value: isinstance(value, dict) and all(isinstance(order, list) for order in value.values()),
 }
 
 
@@ -150,6 +153,7 @@ def _schema(path: FilePath, metadata: dict[str, str]) -> dict[str, Any]:
     schema = json.loads(metadata.get("checkpoint", "null"))
     if not isinstance(schema, dict):
         raise CheckpointError(f"{path}: the metadata's `checkpoint` is not a JSON object.")
+    schema.setdefault("strides", {})
     wrong = [key for key, fits in _CHECKS.items() if not fits(schema.get(key))]
     if wrong or set(schema) != set(_CHECKS):
         unknown = sorted(set(schema) - set(_CHECKS))
