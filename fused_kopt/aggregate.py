@@ -1,55 +1,210 @@
 """The default gradient aggregator: the sum over the ranks of torch.distributed, one collective per bucket."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_kopt import collectives, gradients, layout, stages
+from fused_kopt.agreement import DTYPES, Agreement
+from fused_kopt.buffers import Bucket
+from fused_kopt.collectives import Group
+from fused_kopt.flat import Flat
+from fused_kopt.stages import Piece, Seen
 
-def replicated() -> bool:
-    """Whether there is more than one rank to sum over."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+# A collective starts when so many bytes are in place, while the next ones are copied.
+PART = 1 << 26
+MEND = "Reduce gradients yourself and pass experimental_aggregate_gradients=False."
+# Sets of present gradients whose places are kept.
+KEPT = 4
 
 
-def all_reduce_sum(pairs: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
-    """The pairs with every gradient summed over the default process group; the very same pairs without a group.
+class AllReduce:
+    """Sums gradients over the ranks of a process group: what `gradient_aggregator` is unless something else is passed.
 
-    Gradients of one device and dtype are laid one after another in a flat buffer and reduced by one collective; the
-    caller's gradients are not written. Raises RuntimeError where this call cannot aggregate: a sparse gradient, a
-    device for which the group has no backend, a process that is not a member.
+    Every step begins with one small message per rank: order, shapes, dtypes and values of the variables, rule, hyperparameters and
+    iterations must agree, or every rank raises RankMismatchError. A variable without gradient on some ranks counts as zeros there; one
+    that is without on all ranks is left out. Gradients of one dtype are summed in flat buffers, of which there is one copy; the
+    caller's are not written. All sums are there before the first variable is updated.
+
+    Args:
+        group: of torch.distributed; default: all ranks.
+        check_every: every so many steps, variables and slots of all ranks are compared by digest as well, which reads them once. Default
+            0: the variables' only, in the first step and when they become others.
+
+    Raises ValueError unless `check_every` is an int >= 0.
     """
-    if not replicated():
-        return pairs
-    members: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for position, (gradient, _) in enumerate(pairs):
-        _check(gradient, position)
-        members.setdefault((gradient.device, gradient.dtype), []).append(position)
-    summed: list[tuple[Tensor, Tensor]] = list(pairs)
-    for positions in members.values():
-        flat = torch.cat([pairs[p][0].reshape(-1) for p in positions])
-        dist.all_reduce(flat)
-        parts = torch.split(flat, [pairs[p][0].numel() for p in positions])
-        for p, part in zip(positions, parts, strict=True):
-            summed[p] = (part.view(pairs[p][0].shape), pairs[p][1])
-    return summed
+
+    def __init__(self, group: Group = None, check_every: int = 0) -> None:
+        if not isinstance(check_every, int) or check_every < 0:
+            raise ValueError(f"`check_every` must be an int >= 0 (0: at first only). Received: check_every={check_every!r}.")
+        self.group, self.check_every = group, check_every
+
+    def __call__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
+        """The pairs with every gradient summed, as an optimizer's steps sum them; the very same pairs where there is one rank."""
+        if not self.replicated():
+            return pairs
+        stage = Reduction(self)
+        with stage.reported():
+            return [(g.clone(), v) for g, v in stage.enter(None, pairs, True)]
+
+    def __deepcopy__(self, memo: Any) -> "AllReduce":
+        return self  # a process group has no copies
+
+    def replicated(self) -> bool:
+        """Whether there is more than one rank to sum over. Raises RuntimeError for a process that is not one of them."""
+        if collectives.rank(self.group) < 0:
+            raise RuntimeError(f"This process is not a member of the process group and cannot aggregate gradients. {MEND}")
+        return collectives.size(self.group) > 1
 
 
-def all_reduce_flat(buffers: Sequence[Tensor]) -> None:
-    """Sum flat gradients over the ranks in place: one collective per buffer. Raises what `all_reduce_sum` raises."""
-    for position, buffer in enumerate(buffers):
-        _check(buffer, position)
-    for buffer in buffers:
-        dist.all_reduce(buffer)
+class Places(NamedTuple):
+    """Where gradients are summed that are present on any rank."""
+
+    flats: list[Tensor]  # one per device and dtype
+    members: list[list[int]]  # positions of their pairs
+    views: dict[int, Tensor]  # by position
+    pairs: list[tuple[Tensor, Tensor]]
 
 
-def _check(gradient: Tensor, position: int) -> None:
-    mend = "Reduce it yourself and pass experimental_aggregate_gradients=False."
-    if dist.get_rank() < 0:
-        raise RuntimeError(f"This process is not a member of the default process group and cannot aggregate gradients. {mend}")
-    if gradient.layout != torch.strided:
-        raise RuntimeError(f"Gradient {position} is sparse ({gradient.layout}), which cannot be aggregated in a flat buffer. {mend}")
-    # the config lists a backend per device type, as in 'cpu:gloo,cuda:nccl'
-    config = dist.get_backend_config()
-    if f"{gradient.device.type}:" not in config:
-        raise RuntimeError(f"The process group has no backend for {gradient.device.type} tensors ({config}): gradient {position}. {mend}")
+class Reduction:
+    """The stage of an optimizer whose gradients are summed."""
+
+    def __init__(self, settings: AllReduce) -> None:
+        self.settings = settings
+        self._agreement = Agreement(settings.group)
+        self._seen: Seen | None = None
+        self._agreed: int | None = None  # the plan whose values were compared
+        self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._places: dict[bytes, Places] = {}
+
+    def reported(self) -> AbstractContextManager[None]:
+        """See Stage."""
+        return self._agreement.reported()
+
+    def enter(self, owner: Any, given: Any, aggregated: bool) -> Any:
+        """See Stage. Raises RankMismatchError, PeerError, and what `apply_gradients` raises for pairs."""
+        flat = given if isinstance(given, Flat) else None
+        if flat is not None:
+            flat.gather()  # every rank must call the same collectives, whatever gradients it has
+        seen = self._look(owner, gradients.listed(given))
+        _check_backends(seen, self.settings.group)
+        codes = self._agreement.agree(stages.claim(owner, seen, lambda: _values(owner, seen), self._compares(owner, seen)))
+        self._agreed = seen.plan
+        if flat is not None:
+            self._wait([collectives.reduce(buffer.gradients, self.settings.group) for buffer in flat.buffers])
+            return flat
+        gradients.say_missing([not code for code in codes], seen.variables)
+        return self._sum(seen, codes)
+
+    def _look(self, owner: Any, pairs: list[tuple[Any, Any]]) -> Seen:
+        if self._seen is None or not self._seen.again(owner, pairs):
+            before, self._seen = self._seen, Seen(owner, pairs)
+            if before is None or list(map(id, before.variables)) != list(map(id, self._seen.variables)):
+                self._places = {}
+        return self._seen
+
+    def _compares(self, owner: Any, seen: Seen) -> bool:
+        every = self.settings.check_every
+        due = every and owner is not None and owner._state.steps_taken() % every == 0
+        return bool(seen.variables) and (bool(due) or self._agreed != seen.plan)
+
+    def _sum(self, seen: Seen, codes: Any) -> list[tuple[Tensor, Tensor]]:
+        key = codes.tobytes()
+        if key not in self._places:
+            kept = list(self._places.items())[-(KEPT - 1) :]
+            self._places = dict([*kept, (key, self._lay(seen.variables, codes))])
+        places, waits = self._places[key], []
+        with torch.no_grad():
+            for flat, members in zip(places.flats, places.members, strict=True):
+                start = 0
+                for part in _parts(members, places.views):
+                    _fill([places.views[p] for p in part], [seen.gradients[p] for p in part])
+                    last = places.views[part[-1]]
+                    end = len(flat) if part[-1] == members[-1] else int(last.storage_offset()) + last.numel()
+                    waits.append(collectives.reduce(flat[start:end], self.settings.group))
+                    start = end
+        self._wait(waits)
+        return places.pairs
+
+    def _lay(self, variables: Sequence[Tensor], codes: Any) -> Places:
+        """Places for the gradients that any rank has, in memory that all sets of them share."""
+        alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for position, (variable, code) in enumerate(zip(variables, codes.tolist(), strict=True)):
+            dtype = DTYPES[code]
+            if dtype is not None:
+                alike.setdefault((variable.device, dtype), []).append(position)
+        flats: list[Tensor] = []
+        views: dict[int, Tensor] = {}
+        for key, members in alike.items():
+            segments = layout.plan([variables[p] for p in members])
+            if key not in self._memory or len(self._memory[key]) < segments[-1].end:
+                self._memory[key] = torch.zeros(segments[-1].end, dtype=key[1], device=key[0])
+                self._places = {}  # the others' places are in memory that is given up
+            flats.append(self._memory[key][: segments[-1].end])
+            views |= {p: flats[-1].as_strided(s.shape, s.stride, s.offset) for p, s in zip(members, segments, strict=True)}
+        order = sorted(views)
+        return Places(flats, list(alike.values()), views, [(views[p], variables[p]) for p in order])
+
+    def _wait(self, waits: Sequence[collectives.Wait]) -> None:
+        for wait in waits:
+            wait()
+
+    def before(self, bucket: Bucket) -> None:
+        """See Stage."""
+
+    def after(self, bucket: Bucket) -> None:
+        """See Stage."""
+
+    def leave(self) -> None:
+        """See Stage."""
+
+    def settle(self, owner: Any, variables: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See Stage."""
+        return variables
+
+    def pieces(self) -> Mapping[int, Piece]:
+        """See Stage."""
+        return {}
+
+
+def _parts(members: Sequence[int], views: Mapping[int, Tensor]) -> list[list[int]]:
+    """Members in runs of about PART bytes."""
+    parts: list[list[int]] = [[]]
+    size = 0
+    for position in members:
+        if size >= PART:
+            parts.append([])
+            size = 0
+        parts[-1].append(position)
+        size += views[position].numel() * views[position].element_size()
+    return parts
+
+
+def _fill(views: Sequence[Tensor], given: Sequence[Tensor | None]) -> None:
+    both = [(view, gradient) for view, gradient in zip(views, given, strict=True) if gradient is not None]
+    if both:
+        torch._foreach_copy_([view for view, _ in both], [gradient for _, gradient in both])
+    for view in (view for view, gradient in zip(views, given, strict=True) if gradient is None):
+        view.zero_()
+
+
+def _values(owner: Any, seen: Seen) -> list[tuple[str, Tensor]]:
+    """What must be equal on all ranks: variables, and their slots."""
+    found = [(gradients.name(v, i), v) for i, v in enumerate(seen.variables)]
+    if owner is None:
+        return found
+    buckets = owner._state.buckets.values()
+    return found + [(f"{name} of the {b.dtype} variables", flat) for b in buckets for name, flat in b.flat.items()]
+
+
+def _check_backends(seen: Seen, group: Group) -> None:
+    config = dist.get_backend_config(group)  # lists a backend per device type, as in 'cpu:gloo,cuda:nccl'
+    for position, variable in enumerate(seen.variables):
+        if f"{variable.device.type}:" not in config:
+            raise RuntimeError(
+                f"The process group has no backend for {variable.device.type} tensors ({config}): gradient {position}. {MEND}"
+            )

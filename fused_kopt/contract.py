@@ -11,7 +11,9 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import Self
 
-from fused_kopt import aggregate, hyperparameters, precision, state
+from fused_kopt import hyperparameters, precision, state
+from fused_kopt.aggregate import AllReduce, Reduction
+from fused_kopt.clipping import Across
 from fused_kopt.execute import Executor
 from fused_kopt.hyperparameters import Hyperparameter, Options
 from fused_kopt.loss_scale import Guard
@@ -20,9 +22,11 @@ from fused_kopt.recording import Recorder
 from fused_kopt.repeats import Repeats
 from fused_kopt.replays import Replays
 from fused_kopt.slots import SlotGroups
+from fused_kopt.stages import Stage
 
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
-_OWN = ("_lock", "_stepping", "_repeats", "_replays", "_guard", "_scaled")  # no copy gets these
+_OWN = ("_lock", "_stepping", "_repeats", "_replays", "_guard", "_scaled", "_reduction", "_stages", "_across")
+# no copy gets _OWN
 _counts: dict[str, Iterator[int]] = {}
 
 
@@ -45,7 +49,7 @@ class Contract(ABC):
         self._clips: dict[str, float | None] = {key: options.get(key) for key in _CLIPS}  # type: ignore[misc]
         self._transformers: list[Callable[..., Any]] = list(options.get("gradient_transformers") or ())
         hyperparameters.check_clips(self._clips, self._transformers)
-        self._aggregator: Callable[..., Any] = options.get("gradient_aggregator") or aggregate.all_reduce_sum
+        self._aggregator: Callable[..., Any] = options.get("gradient_aggregator") or AllReduce()
         self._executor: Executor = options.get("executor", "auto")
         self.verify_every = options.get("verify_every", 0)
         self._recorder = Recorder(options.get("stats_every", 0))
@@ -62,6 +66,10 @@ class Contract(ABC):
         self._multipliers: dict[int, tuple[Tensor, float]] = {}  # by id of the variable
         self._guard: Guard | None = None  # of the step being taken, under loss scaling
         self._scaled = False  # whether a LossScaleOptimizer is around it
+        self._stages: list[Stage] = []
+        self._reduction: Reduction | None = None
+        self._across: Across | None = None  # where other ranks have other parts of the variables
+        self._last_rate = 0.0  # the learning rate of the last step
         lr = options.get("lr")
         self.learning_rate = learning_rate if lr is None else lr
         self.decay = self._initial_decay
@@ -228,6 +236,7 @@ class Contract(ABC):
         self._repeats = Repeats()
         self._replays = None
         self._guard, self._scaled = None, False
+        self._reduction, self._stages, self._across = None, [], None
         self._multipliers = {id(variable): (variable, m) for variable, m in values["_multipliers"]}
 
 

@@ -2,43 +2,27 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_kopt import aggregate, clipping, execute, gradients, hyperparameters, layout, updates, verification
+from fused_kopt import clipping, gradients, hyperparameters, updates, verification
+from fused_kopt.aggregate import AllReduce, Reduction
 from fused_kopt.clipping import Clips
-from fused_kopt.declared import Declared
 from fused_kopt.errors import TornStepError
-from fused_kopt.execute import Chosen
 from fused_kopt.flat import Flat
 from fused_kopt.hyperparameters import Step
+from fused_kopt.planned import Planned
 from fused_kopt.recording import Sums
 from fused_kopt.repeat import Repeat
+from fused_kopt.repeats import flattened
 from fused_kopt.replays import Replays, capturing
-from fused_kopt.state import Key
-from fused_kopt.updates import Entry, Launch, Recipe, SparseRows
+from fused_kopt.stages import Stage
 
 
-class Prepared(NamedTuple):
-    """A step, worked out but not begun."""
-
-    entries: list[Entry]
-    variables: list[Tensor]  # distinct, in order of first appearance
-    recipes: dict[Key, Recipe]
-    executors: dict[torch.device, Chosen]
-    steps: dict[torch.dtype, Step]
-
-
-class Engine(Declared):
+class Engine(Planned):
     """The part of Optimizer that takes steps."""
-
-    sparse_rows: ClassVar[SparseRows] = "touched"
-
-    def _new_weights(self, variables: Sequence[Tensor]) -> list[Tensor]:
-        """Weights besides the slots that the first step creates, before them (Nadam's momentum cache)."""
-        return []
 
     def _commit(self, steps: Mapping[torch.dtype, Step]) -> None:
         """Called once after all launches of a step, before `iterations` grows; `steps` by compute dtype."""
@@ -82,11 +66,35 @@ class Engine(Declared):
         clipping.rows(pairs, unscale, self._executors(v for _, v in pairs), self._executor, self._guard)
         return [(g, v) for g, (_, v) in zip(self._guard.unscaled([g for g, _ in pairs]), pairs, strict=True)]
 
+    def _at_work(self, aggregated: bool) -> list[Stage]:
+        """What the step goes through; empty where it is this process's own."""
+        if not aggregated or not isinstance(self._aggregator, AllReduce) or not self._aggregator.replicated() or self._stages:
+            return self._stages
+        if self._reduction is None or self._reduction.settings is not self._aggregator:
+            self._reduction = Reduction(self._aggregator)
+        return [self._reduction]
+
+    def _through(self, stages: Sequence[Stage], given: Any, aggregated: bool) -> Tensor | None:
+        with contextlib.ExitStack() as reporting:
+            for stage in stages:
+                reporting.enter_context(stage.reported())
+            with self._one_step():
+                for stage in stages:
+                    given = stage.enter(self, given, aggregated)
+                    aggregated = False
+                done = self._local(given, aggregated)
+                for stage in reversed(stages):
+                    stage.leave()
+                return done
+
+    def _local(self, given: Any, aggregated: bool) -> Tensor | None:
+        if isinstance(given, Flat):
+            return self._apply_flat(given, aggregated)
+        pairs, tensors = flattened(given)
+        done = self._again(tensors, aggregated) if tensors else None
+        return self._apply_pairs(pairs, aggregated) if done is None else done
+
     def _apply_flat(self, flat: Flat, aggregated: bool) -> Tensor | None:
-        if aggregated and self._aggregator is aggregate.all_reduce_sum and aggregate.replicated():
-            flat.gather()  # every rank must call the same collectives, whatever gradients it has
-            aggregate.all_reduce_flat([buffer.gradients for buffer in flat.buffers])
-            aggregated = False
         done = self._again(flat, aggregated)
         if done is None:
             done = self._apply_pairs(list(flat), aggregated)
@@ -152,7 +160,7 @@ class Engine(Declared):
 
     def _known(self, given: Flat | Sequence[Any], aggregated: bool, sums: Sums | None = None) -> Repeat | None:
         """The launches of an earlier step like this one."""
-        reduced = aggregated and (self._aggregator is not aggregate.all_reduce_sum or aggregate.replicated())
+        reduced = aggregated and not (isinstance(self._aggregator, AllReduce) and not self._aggregator.replicated())
         if self._transformers or self._verifying() or reduced:
             return None
         clips = self._clipping()
@@ -183,52 +191,9 @@ class Engine(Declared):
             self._commit(steps)
         self._state.count()
         self._torn = False
+        self._last_rate = float(next(iter(steps.values())).rate)
         if sums is not None:
             if guard is not None:
                 guard.spoil(sums)
-            self._recorder.finish(sums, float(next(iter(steps.values())).rate), self._state.steps_taken())
+            self._recorder.finish(sums, self._last_rate, self._state.steps_taken())
         return self.iterations
-
-    def _prepare(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Prepared:
-        """All that a step needs to know before anything is created."""
-        self._check_precision(pairs)
-        variables = list({id(v): v for _, v in pairs}.values())
-        steps: dict[torch.dtype, Step] = {}
-        recipes = {key: self._recipe(key, steps) for key in dict.fromkeys(map(self._state.key, variables))}
-        executors = self._executors(variables)
-        rows = clipping.rows(pairs, self._clipping(), executors, self._executor, self._guard)
-        entries = [Entry(g, v, row) for (g, v), row in zip(pairs, rows, strict=True)]
-        return Prepared(entries, variables, recipes, executors, steps)
-
-    def _executors(self, variables: Iterable[Tensor]) -> dict[torch.device, Chosen]:
-        """By device the executor of distinct variables."""
-        sizes: dict[torch.device, list[int]] = {}
-        for variable in variables:
-            sizes.setdefault(variable.device, []).append(variable.numel())
-        return {device: execute.choose(self._executor, device, sum(mine), len(mine)) for device, mine in sizes.items()}
-
-    def _clipping(self) -> Clips:
-        unscale = None if self._guard is None else self._guard.unscale
-        return Clips(self.grad_scale, self.clipvalue, self.clipnorm, self.global_clipnorm, unscale=unscale)
-
-    def _rounds(self, prepared: Prepared, sums: Sums | None = None) -> Iterator[list[Launch]]:
-        for entries in updates.rounds(prepared.entries, self._state):
-            with torch.no_grad():  # not around the yield: a traceback that keeps this frame would keep gradients off
-                launches = updates.plan(entries, self._state, lambda b: prepared.recipes[(b.device, b.dtype, b.policy)], sums)
-            for launch in launches:
-                launch.update.gate = None if self._guard is None else self._guard.gate(launch.update.bucket.device)
-            yield launches
-
-    def _recipe(self, key: Key, steps: dict[torch.dtype, Step]) -> Recipe:
-        hyperparameters.create(self)
-        _, dtype, policy = key
-        scalars, own = self._scalars((layout.compute_dtype(dtype), policy), steps)
-        planes = policy.planes(dtype, self.slot_groups())
-        rule = self._stored_rule(dtype, policy)
-        return Recipe(planes, rule, self.sparse_rule, self.sparse_rows, scalars, self.exact, own)
-
-    def _begin(self, variables: Sequence[Tensor]) -> None:
-        """Create what the first step creates: hyperparameters, iterations, slots."""
-        weights = self._new_weights(variables)
-        hyperparameters.create(self)
-        self._state.ensure(variables, self.slot_groups(), weights, counted=True)

@@ -16,20 +16,26 @@ logger = logging.getLogger("fused_kopt")
 
 
 def present(grads_and_vars: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """The pairs that have a gradient.
+    """The pairs that have a gradient. Raises what `listed` and `say_missing` raise."""
+    pairs = listed(grads_and_vars)
+    say_missing([g is None for g, _ in pairs], [v for _, v in pairs])
+    return [pair for pair in pairs if pair[0] is not None]
 
-    Raises TypeError for anything but an ordered iterable of pairs, ValueError where all gradients are None. Logs a
-    warning that names the variables without gradient where only some are.
-    """
+
+def listed(grads_and_vars: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """The pairs. Raises TypeError for anything but an ordered iterable of pairs."""
     if isinstance(grads_and_vars, (set, frozenset, dict, Tensor, str)) or not isinstance(grads_and_vars, Iterable):
         raise TypeError(f"grads_and_vars must be a list of (gradient, variable) pairs. Received: {type(grads_and_vars).__name__}.")
-    pairs = [_pair(pair, i) for i, pair in enumerate(grads_and_vars)]
-    missing = [name(v, i) for i, (g, v) in enumerate(pairs) if g is None]
-    if pairs and len(missing) == len(pairs):
+    return [_pair(pair, i) for i, pair in enumerate(grads_and_vars)]
+
+
+def say_missing(absent: Sequence[bool], variables: Sequence[Any]) -> None:
+    """Raises ValueError where all gradients are absent. Logs a warning that names the variables without where only some are."""
+    missing = [name(v, i) for i, (gone, v) in enumerate(zip(absent, variables, strict=True)) if gone]
+    if missing and len(missing) == len(absent):
         raise ValueError(f"No gradients provided for any variable: {missing}.")
     if missing:
         warn_missing(missing)
-    return [pair for pair in pairs if pair[0] is not None]
 
 
 def warn_missing(names: Sequence[str]) -> None:

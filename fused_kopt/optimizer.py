@@ -61,17 +61,14 @@ class Optimizer(Engine):
             ValueError: all gradients are None; shapes or devices differ; memory overlaps.
             TypeError: malformed pairs, dtypes that are not floating, tensors without storage.
             RuntimeError: the call cannot aggregate here, runs inside another step or a CUDA graph capture.
+            RankMismatchError, PeerError: ranks are about to take different steps; one of them failed.
             StaleVariableError, TornStepError, FusedMismatchError: see fused_kopt.errors.
 
         No value has changed after any of these, except what a TornStepError reports. Slots of a first step may exist after
         a FusedMismatchError or a kernel that does not build, at their initial values.
         """
-        with self._one_step():
-            if isinstance(grads_and_vars, Flat):
-                return self._apply_flat(grads_and_vars, experimental_aggregate_gradients)
-            given, tensors = flattened(grads_and_vars)
-            done = self._again(tensors, experimental_aggregate_gradients) if tensors else None
-            return self._apply_pairs(given, experimental_aggregate_gradients) if done is None else done
+        stages = self._at_work(experimental_aggregate_gradients)
+        return self._through(stages, grads_and_vars, experimental_aggregate_gradients)
 
     def flatten(self, variables: Iterable[Tensor]) -> Flat:
         """Move variables and their gradients into flat buffers, as views: a step updates each buffer as one segment.

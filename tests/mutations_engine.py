@@ -19,8 +19,8 @@ ENGINE = (
         ("shared memory accepted", "check", "if overlap:", "if False:"),
         ("shapes not compared", "_gradient", "gradient.shape != variable.shape", "False"),
         ("gradient overwritten while read", "fit", " and not written.touches(gradient)", ""),
-        ("all gradients may be None", "present", "if pairs and len(missing) == len(pairs):", "if False:"),
-        ("sets accepted", "present", "(set, frozenset, dict, Tensor, str)", "(dict, Tensor, str)"),
+        ("all gradients may be None", "say_missing", "if missing and len(missing) == len(absent):", "if False:"),
+        ("sets accepted", "listed", "(set, frozenset, dict, Tensor, str)", "(dict, Tensor, str)"),
     ),
     *group(
         golden("nadam") + "; test_cli.py",
@@ -216,13 +216,9 @@ ENGINE = (
     *group(
         "test_aggregate.py",
         "fused_kopt/aggregate.py",
-        ("ranks not summed", "all_reduce_sum", "dist.all_reduce(flat)", "pass"),
-        (
-            "caller's gradients written",
-            "all_reduce_sum",
-            "flat = torch.cat([pairs[p][0].reshape(-1) for p in positions])",
-            "flat = pairs[positions[0]][0].view(-1) if len(positions) == 1 else torch.cat([pairs[p][0].reshape(-1) for p in positions])",
-        ),
+        ("ranks not summed", "_sum", "waits.append(collectives.reduce(flat[start:end], self.settings.group))", "pass"),
+        ("summed behind the step", "_sum", "self._wait(waits)", "pass"),
+        ("absent gradients as they were", "_fill", "view.zero_()", "pass"),
     ),
     *group(
         "test_tape.py",

@@ -103,8 +103,8 @@ REPEAT = (
         ("aggregated once", "_known", " or reduced", ""),
         ("torn repeats forgotten", "_again", "self._torn = True", "pass"),
         ("factors of an earlier step", "_again", "repeat.clip(self._clipping(), self._guard)", "pass"),
-        ("collectives of what is there", "_apply_flat", "flat.gather()", "pass"),
     ),
+    *group("test_flat.py", "fused_kopt/aggregate.py", ("collectives of what is there", "enter", "flat.gather()", "pass")),
 )
 
 FLAT = group(

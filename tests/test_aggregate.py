@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import fused_kopt
-from fused_kopt import aggregate
+from fused_kopt.aggregate import AllReduce
 
 SHAPES = [(3, 5), (), (7,), (0,), (4, 2)]
 DTYPES = [torch.float32, torch.float32, torch.float64, torch.float32, torch.bfloat16]
@@ -64,7 +64,7 @@ def count_collectives(given: list[torch.Tensor]) -> int:
     original = dist.all_reduce
     dist.all_reduce = lambda tensor, *rest, **named: (calls.append(tensor.dim()), original(tensor, *rest, **named))[1]
     try:
-        aggregate.all_reduce_sum(list(zip(given, variables(), strict=True)))
+        AllReduce()(list(zip(given, variables(), strict=True)))
     finally:
         dist.all_reduce = original
     assert calls
@@ -104,12 +104,17 @@ def test_refuses_what_it_cannot_sum(tmp_path: Path) -> None:
 
 def test_without_a_group_the_very_same_gradients() -> None:
     pairs = [(torch.ones(2), torch.ones(2))]
-    assert aggregate.all_reduce_sum(pairs)[0][0] is pairs[0][0]
+    assert AllReduce()(pairs)[0][0] is pairs[0][0]
 
 
 @pytest.mark.parametrize(("rank", "config", "text"), [(-1, "cpu:gloo,cuda:nccl", "not a member"), (0, "cuda:nccl", "no backend for cpu")])
 def test_contexts_that_cannot_aggregate(monkeypatch: pytest.MonkeyPatch, rank: int, config: str, text: str) -> None:
-    stubs = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "get_rank": lambda: rank, "get_backend_config": lambda: config}
+    stubs: dict[str, Any] = {
+        "is_initialized": lambda: True,
+        "get_world_size": lambda _: 2,
+        "get_rank": lambda _: rank,
+        "get_backend_config": lambda _: config,
+    }
     for name, stub in stubs.items():
         monkeypatch.setattr(dist, name, stub)
     optimizer, variable = fused_kopt.Adam(), torch.ones(2)
