@@ -120,10 +120,10 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def append(folder: Path, rows: Iterable[Row]) -> None:
-    """Add rows to their devices' files. Raises ValueError where a file has other columns."""
-    names = [field.name for field in fields(Row)]
+def append(folder: Path, rows: Iterable[Provenance]) -> None:
+    """Add rows, of whatever kind, to their devices' files. Raises ValueError where a file has other columns."""
     for item in rows:
+        names = [field.name for field in fields(item)]
         path = folder / f"{slug(item.device)}.csv"
         new = not path.exists()
         if not new:

@@ -13,11 +13,12 @@ from terminal import Run
 
 import fused_kopt
 from fused_kopt import layout
-from fused_kopt.commands import machines, models, plan, scale
+from fused_kopt.commands import division, machines, models, plan, scale
 from fused_kopt.commands.common import RefusedError
+from fused_kopt.commands.division import Job, Zero
 from fused_kopt.commands.machines import MACHINES, Latency, Topology
 from fused_kopt.commands.plan import Settings
-from fused_kopt.commands.scale import Job, Load
+from fused_kopt.commands.scale import Load
 from fused_kopt.commands.variants import OPTIMIZERS
 
 # as the models' pages, or the publications, count them
@@ -131,7 +132,7 @@ def test_what_is_no_model(given: Any, message: str, written: Any) -> None:
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_pieces_are_the_flat_buffers(counts: list[int], ranks: int) -> None:
-    size = scale.shard_elements(counts, ranks)
+    size = division.share(counts, ranks)
     segments = layout.plan(torch.empty(n) for n in counts)
     assert size % layout.ALIGNMENT == 0
     assert 0 <= size * ranks - segments[-1].end < layout.ALIGNMENT * ranks
@@ -140,13 +141,13 @@ def test_pieces_are_the_flat_buffers(counts: list[int], ranks: int) -> None:
         owner[segment.offset : segment.offset + segment.numel] = number
     for rank in range(ranks):
         mine = owner[rank * size : (rank + 1) * size]
-        assert scale.pieces(counts, size, rank) == [n for n in ((mine == i).sum().item() for i in range(len(counts))) if n]
+        assert division.pieces(counts, size, rank) == [n for n in ((mine == i).sum().item() for i in range(len(counts))) if n]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("shape", [(7, 3), (8,), (1, 5), (64, 2, 2)], ids=str)
 def test_rows_are_torchs(shape: tuple[int, ...], ranks: int) -> None:
-    assert scale.rows([shape], ranks) == [tuple(torch.chunk(torch.empty(shape), ranks)[0].shape)]
+    assert division.rows([shape], ranks) == [tuple(torch.chunk(torch.empty(shape), ranks)[0].shape)]
 
 
 # Memory.
@@ -158,37 +159,43 @@ def test_zeros_own_sum(ranks: int) -> None:
     model = models.Model("", "", (((1 << 20,),),) * 64, 1 << 26)
     per = {"0": 16.0, "1": 4 + 12 / ranks, "2": 2 + 14 / ranks, "fsdp": 16 / ranks}
     for zero, expected in per.items():
-        held = scale.held(job(model=model, topology=Topology(1, ranks), zero=zero))
+        held = division.held(job(model=model, topology=Topology(1, ranks), zero=zero))
         assert (held.total - held.temporaries) / (1 << 26) == expected
-        assert held.padding == 0
 
 
 @pytest.mark.parametrize("zero", plan.ZERO)
 @pytest.mark.parametrize("policy", fused_kopt.precision.NAMED)
-def test_state_is_what_the_optimizer_allocates(policy: str, zero: scale.Zero) -> None:
+def test_state_is_what_the_optimizer_allocates(policy: str, zero: Zero) -> None:
     made = job(zero=zero, optimizer=fused_kopt.Adam(precision=policy))
     optimizer = fused_kopt.Adam(precision=policy)
-    optimizer.build([torch.zeros(shape, dtype=torch.bfloat16) for shape in scale.own(made)])
+    optimizer.build([torch.zeros(shape, dtype=torch.bfloat16) for shape in division.own(made)])
     allocated = sum(buffer.nbytes for bucket in optimizer._state.buckets.values() for buffer in bucket.flat.values())
-    assert scale.held(made).state == allocated
+    assert division.held(made).state == allocated
 
 
-def test_padding_belongs_to_no_parameter() -> None:
-    held = {zero: scale.held(job(zero=zero)) for zero in plan.ZERO}
-    parameters, slots = 6771, 12
-    assert held["0"].variables == held["0"].gradients == 2 * parameters
-    size = ceil((6400 + 64 + 320 + 64) / (64 * 8)) * 64
-    assert (held["1"].variables, held["1"].gradients, held["2"].gradients) == (16 * size, 16 * size, 2 * size)
-    assert held["1"].state == size * slots
-    assert held["1"].padding == 2 * 2 * (8 * size - parameters)
-    assert held["2"].padding == 2 * (8 * size - parameters) + 2 * size - 2 * (parameters * size // (8 * size))
+def test_bytes_held_by_hand() -> None:
+    held = {zero: division.held(job(zero=zero)) for zero in plan.ZERO}
+    share = ceil((6400 + 64 + 320 + 64) / (64 * 8)) * 64  # one part
     own = 13 * 64 + 8 + 4 * 10 + 1  # rows of the first rank
-    assert (held["fsdp"].variables, held["fsdp"].gradients) == (2 * own, 2 * own)
-    assert held["fsdp"].temporaries == 2 * (2 + 2) * 6464
+    state = 12 * share, 12 * (13 * 64 + 64 + 64 + 64)
+    assert held["0"] == (2 * 6771, 2 * 6771, 12 * (6400 + 64 + 320 + 64), 2 * 6848)
+    assert held["1"] == (2 * 8 * share, 2 * 6771, state[0], 2 * share + 2 * 2 * 8 * share)
+    assert held["2"] == (2 * 8 * share, 2 * share, state[0], 2 * 2 * 8 * share + 2 * 6400)
+    assert held["fsdp"] == (2 * own, 2 * own, state[1], 2 * (2 + 2) * 6464)
+
+
+def test_parts_are_cut_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert division.parts([5, 5, 5, 1], 2, 20) == [[5, 5], [5, 1]]
+    assert division.parts([100, 1, 100], 1, 1) == [[100], [1], [100]]
+    monkeypatch.setattr(division, "SHARD_BYTES", 1000)
+    made = job()
+    assert division.runs(made) == [[6400], [64, 300, 7]] and scale.sent(made)[0].messages == 2  # noqa: PT018
+    assert division.owned(made) == ceil(6400 / 512) * 64 + ceil((64 + 320 + 64) / 512) * 64
+    assert division.own(made) == [(832,), (64,)]
 
 
 def test_model_parallel_ranks_hold_a_part() -> None:
-    whole, half = (scale.held(job(zero="0", model_parallel=n)) for n in (1, 2))
+    whole, half = (division.held(job(zero="0", model_parallel=n)) for n in (1, 2))
     assert half.variables == 2 * (3200 + 32 + 150 + 4)
     assert whole.variables == 2 * 6771
 
@@ -225,7 +232,7 @@ def simulated(topology: Topology, size: int) -> tuple[float, float]:
 def test_bytes_are_those_of_the_rings(shape: tuple[int, int], ring: machines.Ring) -> None:
     made = job(zero="1", topology=Topology(*shape, ring))
     reduced, gathered = scale.sent(made)
-    assert reduced.payload == gathered.payload == 2 * scale.elements(made)[0]
+    assert reduced.payload == gathered.payload == 2 * division.whole(made)
     expected = simulated(made.topology, reduced.payload)
     assert (reduced.link, reduced.network) == pytest.approx(expected)
     (both,) = scale.sent(job(zero="0", topology=made.topology))
@@ -240,22 +247,42 @@ def test_one_rank_sends_nothing() -> None:
 # Time.
 
 
+@pytest.fixture
+def two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(division, "SHARD_BYTES", 1000)
+
+
+SLOW = MACHINES["h100"]._replace(peak=1.0, bandwidth=2.0, link=10.0, network=1.0, latency=Latency(1e-6, 1e-7, 1e-8))
+
+
+@pytest.mark.usefixtures("two_parts")
 def test_times_by_hand() -> None:
-    machine = MACHINES["h100"]._replace(peak=1.0, bandwidth=2.0, link=10.0, network=1.0, latency=Latency(1e-6, 1e-7, 1e-8))
     made = job(topology=Topology(2, 4))
-    found = scale.times(made, machine, Load(tokens=1000, mfu=0.5))
+    found = scale.times(made, SLOW, Load(tokens=1000, mfu=0.5))
     unit = 6771 * 1000 / 0.5e12
     assert (found.forward, found.backward) == pytest.approx((2 * unit, 4 * unit))
-    assert found.update == scale.update(made).moved / 2e9
-    payload = 2 * scale.elements(made)[0]
+    assert found.update == division.update(made).moved / 2e9
+    assert found.copies == 2 * 2 * 6771 / 2e9
+    payload = 2 * division.whole(made)
     floors = (payload * 0.75 / 10e9, payload * 0.5 / 4 / 1e9, 2 * (1e-6 + 3e-7 + 1e-8))
     assert all(tuple(floor) == pytest.approx(floors) for floor in found.collectives)
     whole = max(floors[:2]) + floors[2]
-    assert found.exposed == pytest.approx({"forward": whole / 2, "backward": whole / 2})
-    assert found.step == pytest.approx(6 * unit + found.update + whole)
-    slow = scale.times(made, machine._replace(network=1e-3), Load(1000, 0.5))  # what layers cannot hide
-    assert slow.exposed["backward"] == pytest.approx(slow.collectives[0].total - 4 * unit / 2)
-    assert slow.exposed["forward"] == pytest.approx(slow.collectives[1].total - 2 * unit / 2)
+    assert found.exposed == pytest.approx(whole + max(whole - found.update / 2, whole / 2))
+    assert found.least_exposed == pytest.approx(whole)  # half of each, behind passes that are long enough
+    assert found.step == pytest.approx(6 * unit + found.copies + found.update + found.exposed)
+
+
+@pytest.mark.usefixtures("two_parts")
+@pytest.mark.parametrize(("zero", "now"), [("0", "nothing"), ("1", "nothing update"), ("2", "backward update")])
+def test_what_a_pass_is_too_short_for_is_exposed(zero: Zero, now: str) -> None:
+    found = scale.times(job(zero=zero), SLOW._replace(network=1e-3), Load(1000, 0.5))
+    lengths = {"nothing": 0.0, "update": found.update, "backward": found.backward}
+    hidden = [lengths[name] / 2 for name in now.split()]
+    assert found.exposed == pytest.approx(sum(floor.total for floor in found.collectives) - sum(hidden))
+    messages = scale.sent(job(zero=zero))[0].messages
+    could = [found.backward, found.forward][: len(hidden)]
+    best = sum(floor.total - length * (messages - 1) / messages for floor, length in zip(found.collectives, could, strict=True))
+    assert found.least_exposed == pytest.approx(best)
 
 
 @pytest.mark.parametrize(
@@ -275,12 +302,12 @@ def test_the_command(run: Run) -> None:
     assert "70,553,706,496 parameters in 723 variables" in result.out
     cells = {row[0]: row[1] for row in result.rows}
     assert (cells["variables"], cells["gradients"], cells["slots and masters"]) == ("17.6 GB", "17.6 GB", "689.0 MB")
-    assert "68,900,160 x (4 m + 4 v + 2 remainder), 1/128 of all" in result.out
-    assert {"reduce-scatter of gradients, backward", "all-gather of variables, forward", "update", "step"} <= set(cells)
+    assert "1/128 of 8,819,213,312 x (4 m + 4 v + 2 remainder)" in result.out
+    assert {"reduce-scatter of gradients", "all-gather of variables", "update", "step", "step at best"} <= set(cells)
 
 
 @pytest.mark.parametrize("zero", plan.ZERO)
-def test_json_says_the_same(zero: scale.Zero, run: Run) -> None:
+def test_json_says_the_same(zero: Zero, run: Run) -> None:
     options = ("--model", "gpt2", "--gpus", 16, "--zero", zero, "--optimizer", "lion", "--tokens", 100, "--network", 12.5)
     result = run("plan", *options, "--json")
     assert result.code == 0

@@ -79,8 +79,8 @@ LAYERS = (
     ("commands",),
     ("commands.architectures", "commands.common", "commands.packages", "commands.variants"),
     ("commands.demo", "commands.machines", "commands.models"),
-    ("commands.scale", "commands.tasks"),
-    ("commands.experiment",),
+    ("commands.division", "commands.tasks"),
+    ("commands.experiment", "commands.scale"),
     (
         "commands.convert",
         "commands.doctor",

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Column, Table
 
-from fused_kopt.commands import machines, models, scale
+from fused_kopt.commands import division, machines, models, scale
 from fused_kopt.commands.common import RefusedError
+from fused_kopt.commands.division import Held, Job, Zero
 from fused_kopt.commands.machines import MACHINES, Machine, Ring
-from fused_kopt.commands.scale import Held, Job, Load, Sent, Times, Zero
+from fused_kopt.commands.scale import Load, Sent, Times
 from fused_kopt.commands.variants import DTYPES
 from fused_kopt.optimizers import registry
 
@@ -22,7 +23,7 @@ TOKENS = 8192
 MFU = 0.4  # Llama 3 405B reached 0.38 to 0.43 (Grattafiori et al. 2024, table 4)
 ABOUT = """Work out, before anything is started, what data-parallel training costs each GPU: memory, bytes on the wire, and time.
 
-Times are floors: bytes over bandwidth, operations over peak and MFU. Communication hides behind the passes as far as layers allow.
+Times are floors: bytes over bandwidth, operations over peak and MFU. "step" is of what fused_kopt does, "step at best" of what could hide.
 Activations, and what the parts of one copy of the model send each other (--model-parallel), are not included.
 Formulas and sources: docs/plan.md. Exit code 1: the memory of the GPU is too small.
 Example: fused-kopt plan --model llama-3-70b --gpus 1024 --zero 1 --precision bf16_split --model-parallel 8"""
@@ -81,7 +82,7 @@ def work_out(settings: Settings) -> Plan:
     job = Job(models.model(s.model), topology, optimizer, s.zero, variables, gradients, s.model_parallel)
     load = Load(s.tokens, s.mfu)
     try:
-        return Plan(job, machine, load, scale.held(job), scale.sent(job), scale.times(job, machine, load))
+        return Plan(job, machine, load, division.held(job), scale.sent(job), scale.times(job, machine, load))
     except ValueError as refusal:  # of the precision policy
         raise RefusedError(str(refusal)) from refusal
 
@@ -120,38 +121,31 @@ Row = tuple[str, str, str]
 
 
 def _memory(found: Plan) -> Iterator[Row]:
-    job, held, ranks = found.job, found.held, found.job.topology.ranks
-    whole, part = scale.elements(job)
-    v, g = job.variables.itemsize, job.gradients.itemsize
-    state = scale.update(job)
-    mine = state.elements
+    job, held, state = found.job, found.held, division.update(found.job)
+    v, g, parameters = job.variables.itemsize, job.gradients.itemsize, sum(job.counts)
+    divided = f"1/{job.topology.ranks:,} of {parameters:,} x"
     kept = " + ".join(f"{p.per_element:.4g} {p.name}" for p in state.buckets[0].planes) or "no slots"
-    yield "variables", decimal(held.variables), f"{part if job.zero == 'fsdp' else whole:,} x {v}"
-    yield "gradients", decimal(held.gradients), f"{part if job.zero in ('2', 'fsdp') else whole:,} x {g}"
-    yield "slots and masters", decimal(held.state), f"{mine:,} x ({kept}){'' if job.zero == '0' else f', 1/{ranks} of all'}"
+    yield "variables", decimal(held.variables), f"{divided} {v}" if job.zero == "fsdp" else f"{parameters:,} x {v}"
+    yield "gradients", decimal(held.gradients), f"{divided} {g}" if job.zero in ("2", "fsdp") else f"{parameters:,} x {g}"
+    yield "slots and masters", decimal(held.state), f"{state.elements:,} x ({kept})" if job.zero == "0" else f"{divided} ({kept})"
     yield "temporaries", decimal(held.temporaries), TEMPORARIES[job.zero]
     colour, verdict = ("green", "fits") if found.fits else ("red", "does not fit")
     free = found.machine.memory * 1e9 - held.total
-    yield (
-        f"[{colour}]in all[/]",
-        f"[{colour}]{decimal(held.total)}[/]",
-        f"[{colour}]{verdict}[/]: {free / 1e9:+,.1f} GB for activations; {decimal(held.padding)} is padding",
-    )
+    yield f"[{colour}]in all[/]", f"[{colour}]{decimal(held.total)}[/]", f"[{colour}]{verdict}[/]: {free / 1e9:+,.1f} GB for activations"
 
 
 TEMPORARIES = {
-    "0": "gradients are reduced where they lie",
-    "1": "gradients and variables lie in flat buffers, and are reduced and gathered there",
-    "2": "the largest layer's gradients, before they are reduced",
-    "fsdp": "two layers' variables and gradients, gathered: one in use, one on its way",
+    "0": "a copy of the gradients, in which they are summed",
+    "1": "this rank's sums; two buffers of each part's size, through which gradients go",
+    "2": "two buffers of each part's size, through which gradients go; the largest gradient",
+    "fsdp": "variables and gradients of the largest layer, twice: one in use, one on its way",
 }
 
 
 def _wire(found: Plan) -> Iterator[Row]:
     for one in found.sent:
-        steps = f"{sum(one.steps):,} steps of the ring"
-        how = f"of {decimal(one.payload)}: links {decimal(int(one.link))}, network {decimal(int(one.network))}, {steps}"
-        yield f"{one.what}, {one.during}", decimal(int(one.link + one.network)), how
+        how = f"of {decimal(one.payload)}: links {decimal(int(one.link))}, network {decimal(int(one.network))}"
+        yield one.what, decimal(int(one.link + one.network)), f"{how}; {one.messages:,} messages, each {sum(one.steps):,} steps of the ring"
     if not found.sent:
         yield "nothing", decimal(0), "one rank"
 
@@ -162,17 +156,18 @@ def _time(found: Plan) -> Iterator[Row]:
     for name, (length, operations) in passes.items():
         how = f"{operations} x {job.model.active:,} x {load.tokens:,} tokens / ({machine.peak:,.0f} TFLOP/s x {load.mfu:g})"
         yield f"{name} pass", _seconds(length), how
-    yield "update", _seconds(times.update), f"{decimal(scale.update(job).moved)} / {machine.bandwidth:,.0f} GB/s"
-    messages = len(job.groups)
+    memory = f"at {machine.bandwidth:,.0f} GB/s"
+    if times.copies:
+        yield "copies of gradients", _seconds(times.copies), f"read and written once {memory}"
+    yield "update", _seconds(times.update), f"{decimal(division.update(job).moved)} {memory}"
     for one, floor in zip(found.sent, times.collectives, strict=True):
         links = f"links {_seconds(floor.link)} at {machine.link:,.0f} GB/s"
         network = f"network {_seconds(floor.network)} at {machine.network:,.0f} GB/s"
-        yield one.what, _seconds(floor.total), f"the longer of {links}, {network}; latency of {messages} messages {_seconds(floor.latency)}"
-    for name, length in times.exposed.items():
-        if any(one.during == name for one in found.sent):
-            behind = f"{messages - 1}/{messages} of the {name} pass may hide communication"
-            yield f"exposed, {name}", _seconds(length), behind
-    yield "[bold]step[/]", f"[bold]{_seconds(times.step)}[/]", "passes, update, what is exposed"
+        yield one.what, _seconds(floor.total), f"the longer of {links}, {network}; latency {_seconds(floor.latency)}; behind {one.behind}"
+    yield "exposed", _seconds(times.exposed), "all of these but what hides behind what they are behind"
+    yield "[bold]step[/]", f"[bold]{_seconds(times.step)}[/]", "passes, copies, update, and what is exposed"
+    best = f"{_seconds(times.least_exposed)} exposed, if sums hid behind backward and variables behind forward"
+    yield "step at best", _seconds(times.alone + times.least_exposed), best
 
 
 def _seconds(value: float) -> str:
@@ -192,6 +187,6 @@ def _values(found: Plan) -> dict[str, Any]:
             one._asdict() | {"seconds": floor._asdict() | {"total": floor.total}}
             for one, floor in zip(found.sent, times.collectives, strict=True)
         ],
-        "seconds": {"forward": times.forward, "backward": times.backward, "update": times.update, "exposed": times.exposed}
-        | {"step": times.step},
+        "seconds": {name: value for name, value in times._asdict().items() if name != "collectives"}
+        | {"step": times.step, "best_step": times.alone + times.least_exposed},
     }
