@@ -92,7 +92,7 @@ class Reduction:
             flat.gather()  # every rank must call the same collectives, whatever gradients it has
         seen = self._look(owner, gradients.listed(given))
         _check_backends(seen, self.settings.group)
-        codes = self._agreement.agree(stages.claim(owner, seen, lambda: _values(owner, seen), self._compares(owner, seen)))
+        codes = self._agreement.agree(stages.claim(owner, seen, lambda: replicas(owner, seen), self._compares(owner, seen)))
         self._agreed = seen.plan
         if flat is not None:
             self._wait([collectives.reduce(buffer.gradients, self.settings.group) for buffer in flat.buffers])
@@ -122,7 +122,7 @@ class Reduction:
             for flat, members in zip(places.flats, places.members, strict=True):
                 start = 0
                 for part in _parts(members, places.views):
-                    _fill([places.views[p] for p in part], [seen.gradients[p] for p in part])
+                    fill([places.views[p] for p in part], [seen.gradients[p] for p in part])
                     last = places.views[part[-1]]
                     end = len(flat) if part[-1] == members[-1] else int(last.storage_offset()) + last.numel()
                     waits.append(collectives.reduce(flat[start:end], self.settings.group))
@@ -184,7 +184,8 @@ def _parts(members: Sequence[int], views: Mapping[int, Tensor]) -> list[list[int
     return parts
 
 
-def _fill(views: Sequence[Tensor], given: Sequence[Tensor | None]) -> None:
+def fill(views: Sequence[Tensor], given: Sequence[Tensor | None]) -> None:
+    """Put gradients into their places; zeros for those that are absent."""
     both = [(view, gradient) for view, gradient in zip(views, given, strict=True) if gradient is not None]
     if both:
         torch._foreach_copy_([view for view, _ in both], [gradient for _, gradient in both])
@@ -192,7 +193,7 @@ def _fill(views: Sequence[Tensor], given: Sequence[Tensor | None]) -> None:
         view.zero_()
 
 
-def _values(owner: Any, seen: Seen) -> list[tuple[str, Tensor]]:
+def replicas(owner: Any, seen: Seen) -> list[tuple[str, Tensor]]:
     """What must be equal on all ranks: variables, and their slots."""
     found = [(gradients.name(v, i), v) for i, v in enumerate(seen.variables)]
     if owner is None:

@@ -19,12 +19,15 @@ class Bucket:
     of `variables[i]` in its shape, or None while Keras would not have created it yet; 1-D where GROUP elements share a value.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, stored: torch.dtype | None = None, policy: Any = None) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, stored: torch.dtype | None = None, policy: Any = None, part: int = 0
+    ) -> None:
         self.device = device
         self.dtype = dtype
         self.compute = layout.compute_dtype(dtype)
         self.stored = stored or self.compute  # what slots are kept in where nothing else is said
         self.policy = policy  # what decided which slots there are (`fused_kopt.precision`)
+        self.part = part  # launches of a step that are apart, so that transfers go on beside them
         self.kinds = {POSITION.name: (torch.int32, 0)}  # of its own slots: dtype, elements that share a value
         self.variables: list[Tensor] = []
         self.segments: list[Segment] = []
@@ -38,11 +41,21 @@ class Bucket:
         """Elements, padding included, and variables."""
         return (self.segments[-1].end if self.segments else 0), len(self.segments)
 
-    def grown(self, variables: Iterable[Tensor], slots: Iterable[Slot]) -> tuple[list[Tensor], list[Segment], dict[str, Tensor]]:
-        """All that `adopt` needs to hold new variables and slots too. Allocates, publishes nothing."""
+    @property
+    def key(self) -> tuple[torch.device, torch.dtype, Any, int]:
+        """What its variables share."""
+        return self.device, self.dtype, self.policy, self.part
+
+    def grown(
+        self, variables: Iterable[Tensor], slots: Iterable[Slot], numbers: Mapping[int, int] | None = None
+    ) -> tuple[list[Tensor], list[Segment], dict[str, Tensor]]:
+        """All that `adopt` needs to hold new variables and slots too. Allocates, publishes nothing.
+
+        numbers: by id of a variable its segment's, where it is not the offset.
+        """
         new = [v for v in variables if id(v) not in self.index]
         end = self.segments[-1].end if self.segments else 0
-        segments = layout.plan(new, end)
+        segments = [s._replace(number=(numbers or {}).get(id(v))) for v, s in zip(new, layout.plan(new, end), strict=True)]
         total = segments[-1].end if segments else end
         flat = {}
         for slot in slots:
@@ -83,9 +96,9 @@ class Bucket:
 
     def addresses(self, name: str) -> Any:
         """Where each variable's slot begins, int64 [variables]; of positions, the first one."""
-        offsets = np.array([segment.offset for segment in self.segments], dtype=np.int64)
         if not self.kind(name)[1]:
-            return offsets
+            return np.array([segment.first for segment in self.segments], dtype=np.int64)
+        offsets = np.array([segment.offset for segment in self.segments], dtype=np.int64)
         if name in self.flat:
             return self.flat[name].data_ptr() + offsets // self.kind(name)[1] * self.flat[name].element_size()
         return np.array([0 if view is None else view.data_ptr() for view in self.views[name]], dtype=np.int64)

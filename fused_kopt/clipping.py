@@ -14,6 +14,7 @@ from fused_kopt.execute import Chosen, Executor
 from fused_kopt.loss_scale import Guard
 from fused_kopt.norms import Norms
 from fused_kopt.prepare import NEUTRAL_FACTORS
+from fused_kopt.recording import Sums
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
@@ -27,6 +28,9 @@ class Across(Protocol):
         squares: per group float64 [n], of this rank's parts. The first result has each part's whole gradient's in the same places if
         `each`, else the sum over everything as its one element.
         """
+
+    def add(self, sums: Sums) -> None:
+        """Make a step's sums of this rank those of all."""
 
 
 class Clips(NamedTuple):

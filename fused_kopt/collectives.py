@@ -29,38 +29,61 @@ def rank(group: Group = None) -> int:
 
 def device(group: Group = None) -> torch.device:
     """Where small messages lie: on the CPU if the group has a backend for it, so that reading one waits for no kernel."""
-    config = dist.get_backend_config(group)
+    config = dist.get_backend_config(group) if size(group) > 1 else "cpu:"
     return torch.device("cpu") if "cpu:" in config else torch.device("cuda", torch.cuda.current_device())
 
 
 def reduce(flat: Tensor, group: Group = None) -> Wait:
-    """Sum a flat tensor over the ranks, in place. Returns what waits for the end."""
+    """Sum a flat tensor over the ranks, in place. Returns what waits for the end. One rank sends nothing."""
+    if _alone(group, flat, flat):
+        return _nothing
     return _started("all-reduce", group, lambda: dist.all_reduce(flat, group=group, async_op=True))
 
 
 def reduce_scatter(shard: Tensor, flat: Tensor, group: Group = None) -> Wait:
     """Sum `flat` over the ranks, each of which gets its part in `shard`: size / ranks elements, which may lie in `flat`."""
+    if _alone(group, shard, flat):
+        return _nothing
     return _started("reduce-scatter", group, lambda: _reduce_scatter(shard, flat, group=group, async_op=True))
 
 
 def gather(flat: Tensor, shard: Tensor, group: Group = None) -> Wait:
     """Fill `flat` with every rank's `shard`, in order of ranks; the rank's own may lie in its place already."""
+    if _alone(group, flat, shard):
+        return _nothing
     return _started("all-gather", group, lambda: _all_gather(flat, shard, group=group, async_op=True))
 
 
 def exchange(received: Tensor, sent: Tensor, group: Group = None) -> Wait:
     """Send a part of `sent` to every rank, and receive one of each."""
+    if _alone(group, received, sent):
+        return _nothing
     return _started("all-to-all", group, lambda: dist.all_to_all_single(received, sent, group=group, async_op=True))
 
 
 def objects(value: Any, group: Group = None) -> list[Any]:
     """What every rank passed, pickled on its way: for messages, not for steps."""
     found: list[Any] = [None] * size(group)
+    if len(found) == 1:
+        return [value]
     try:
         dist.all_gather_object(found, value, group=group)
     except RuntimeError as error:
         raise PeerError(_text(f"an exchange of messages among {size(group)} ranks", error)) from error
     return found
+
+
+def _alone(group: Group, target: Tensor, source: Tensor) -> bool:
+    """Whether there is one rank; then `target` has got what lies in `source`."""
+    if size(group) > 1:
+        return False
+    if target.data_ptr() != source.data_ptr():
+        target.copy_(source)
+    return True
+
+
+def _nothing() -> None:
+    pass
 
 
 def _started(what: str, group: Group, start: Callable[[], Any]) -> Wait:

@@ -127,7 +127,7 @@ class Engine(Planned):
                 verification.check(jobs, "Earlier gradients of this call were applied." if self._torn else "Nothing was written.")
             self._torn = True
             chosen = [executor for _, executor in jobs]
-            updates.run(launches, chosen, sums)
+            updates.run(launches, chosen, sums, self._stages)
             if not number:
                 self._repeats.learn(pairs, launches, chosen, self._executor)
         return self._finish(prepared.variables, prepared.steps, sums)
@@ -144,7 +144,7 @@ class Engine(Planned):
         steps: dict[torch.dtype, Step] = {}
         scalars = self._scalars_of(repeat.updates, steps)
         self._torn = True
-        repeat.run(scalars, sums)
+        repeat.run(scalars, sums, self._stages)
         return self._finish(repeat.variables, steps, sums)
 
     def _step_of(self, replays: Replays) -> Tensor:
@@ -193,6 +193,8 @@ class Engine(Planned):
         self._torn = False
         self._last_rate = float(next(iter(steps.values())).rate)
         if sums is not None:
+            if self._across is not None:
+                self._across.add(sums)
             if guard is not None:
                 guard.spoil(sums)
             self._recorder.finish(sums, self._last_rate, self._state.steps_taken())

@@ -18,6 +18,12 @@ class Segment(NamedTuple):
     stride: tuple[int, ...]  # of the slots' views, and of the variable where it is dense
     numel: int
     offset: int  # first element in every flat buffer of the bucket
+    number: int | None = None  # of the first element, among those that random bits are made for; None: the offset
+
+    @property
+    def first(self) -> int:
+        """The number of the first element, which the others follow."""
+        return self.offset if self.number is None else self.number
 
     @property
     def end(self) -> int:

@@ -144,7 +144,10 @@ class Optimizer(Engine):
             pairs = gradients.check([(v.detach(), v) for v in tape.flatten(variables)])
             self._check_known(pairs)
             self._check_precision(pairs)
-            self._begin(list({id(v): v for _, v in pairs}.values()))
+            mine: Sequence[Tensor] = list({id(v): v for _, v in pairs}.values())
+            for stage in self._stages:
+                mine = stage.settle(self, mine)
+            self._begin(mine)
 
     def _compare(self, pairs: Sequence[tuple[Any, Tensor]], executor: Executor, aggregated: bool) -> list[verification.Comparison]:
         """What `fused_kopt.verify` reports: this step's launches on a copy of the optimizer and the variables."""

@@ -41,6 +41,8 @@ class Kept(NamedTuple):
     """What a launch reads and writes besides the variable."""
     policy: Hashable = None
     """What the variables of one bucket share, besides device and dtype."""
+    part: int = 0
+    """Of launches that are kept apart, which."""
 
 
 def borrowed(names: tuple[str, ...]) -> Callable[[Tensor], Kept]:
@@ -54,8 +56,9 @@ def owned(state: State, groups: SlotGroups) -> Callable[[Tensor], Kept]:
     names = tuple(slot.name for slot in slots.flatten(groups))
 
     def of(variable: Tensor) -> Kept:
-        policy: Any = state.key(variable)[2]
-        return Kept(precision.title(policy), names, policy.planes(variable.dtype, groups), policy)
+        policy: Any
+        _, _, policy, part = state.key(variable)
+        return Kept(precision.title(policy), names, policy.planes(variable.dtype, groups), policy, part)
 
     return of
 

@@ -55,19 +55,19 @@ class Planned(Declared):
 
     def _clipping(self) -> Clips:
         unscale = None if self._guard is None else self._guard.unscale
-        return Clips(self.grad_scale, self.clipvalue, self.clipnorm, self.global_clipnorm, unscale=unscale)
+        return Clips(self.grad_scale, self.clipvalue, self.clipnorm, self.global_clipnorm, unscale=unscale, across=self._across)
 
     def _rounds(self, prepared: Prepared, sums: Sums | None = None) -> Iterator[list[Launch]]:
         for entries in updates.rounds(prepared.entries, self._state):
             with torch.no_grad():  # not around the yield: a traceback that keeps this frame would keep gradients off
-                launches = updates.plan(entries, self._state, lambda b: prepared.recipes[(b.device, b.dtype, b.policy)], sums)
+                launches = updates.plan(entries, self._state, lambda b: prepared.recipes[b.key], sums)
             for launch in launches:
                 launch.update.gate = None if self._guard is None else self._guard.gate(launch.update.bucket.device)
             yield launches
 
     def _recipe(self, key: Key, steps: dict[torch.dtype, Step]) -> Recipe:
         hyperparameters.create(self)
-        _, dtype, policy = key
+        _, dtype, policy, _ = key
         scalars, own = self._scalars((layout.compute_dtype(dtype), policy), steps)
         planes = policy.planes(dtype, self.slot_groups())
         rule = self._stored_rule(dtype, policy)

@@ -42,6 +42,10 @@ class Sums:
             self._devices[device] = torch.zeros(3, dtype=torch.float64, device=device)
         return self._devices[device]
 
+    def all(self) -> list[Tensor]:
+        """Each device's."""
+        return list(self._devices.values())
+
     def fetched(self) -> list[Fetched]:
         """`fetched` of each device's sums."""
         return [fetched(sums) for sums in self._devices.values()]

@@ -32,7 +32,7 @@ def run(update: Any) -> None:
         scalars = type(update.scalars)(*rows[0 if update.rows is None else index].unbind())
         values = tuple(slot.to(compute if slot.is_floating_point() else torch.int32) for slot in slots)
         if len(slots) < len(update.names):
-            first = bucket.segments[index].offset
+            first = bucket.segments[index].first
             values = (_positions(first, variable), *values)
         p, values = update.rule(variable.to(compute), g, values, scalars)
         variable.copy_(p)

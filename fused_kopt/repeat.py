@@ -19,6 +19,7 @@ from fused_kopt.execute import Chosen, Executor, Rule, Update
 from fused_kopt.flat import Flat
 from fused_kopt.loss_scale import Guard
 from fused_kopt.recording import Sums
+from fused_kopt.stages import Stage
 
 _data_ptr = Tensor.data_ptr
 
@@ -111,13 +112,17 @@ class Repeat:
             return same
         return all(verification.proven(_measured(u, sums), e, self.executor) == e for u, e in zip(self.updates, self.chosen, strict=True))
 
-    def run(self, scalars: Callable[[Update], Scalars], sums: Sums | None = None) -> None:
+    def run(self, scalars: Callable[[Update], Scalars], sums: Sums | None = None, stages: Sequence[Stage] = ()) -> None:
         """Launch with each update's scalars; sums: where the step is measured."""
         for update, launch, executor in zip(self.updates, self.launches, self.chosen, strict=True):
             common, update.rows = scalars(update)
             if sums is not None:
                 launch = execute.bind(_measured(update, sums), executor)
+            for stage in stages:
+                stage.before(update.bucket)
             launch(common, update.factors)
+            for stage in stages:
+                stage.after(update.bucket)
 
     def together(self, flat: Flat) -> "Repeat":
         """The same step with a Flat's buffers as one segment each: 5,000 variables of 64 elements are 40 blocks, not 5,000.

@@ -12,7 +12,7 @@ from fused_kopt import slots
 from fused_kopt.buffers import Bucket
 from fused_kopt.slots import Slot, SlotGroups
 
-Key = tuple[torch.device, torch.dtype, Any]
+Key = tuple[torch.device, torch.dtype, Any, int]
 Initializer = str | float | Tensor | Callable[..., Any]
 _INITIAL = {"zeros": 0.0, "ones": 1.0}
 
@@ -29,6 +29,7 @@ class State:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.policies: dict[int, tuple[Tensor, Policy]] = {}  # by id: variables with one of their own
+        self.parts: dict[int, tuple[Tensor, int, int]] = {}  # by id: variables whose launch, and first element's number, a stage chose
         self.iterations: Tensor | None = None
         self.weights: list[Tensor] = []
         self.buckets: dict[Key, Bucket] = {}
@@ -37,12 +38,12 @@ class State:
     def bucket(self, variable: Tensor) -> Bucket:
         """The bucket a variable belongs to."""
         key = self.key(variable)
-        return self.buckets.get(key) or Bucket(*key[:2], policy=key[2])
+        return self.buckets.get(key) or Bucket(*key[:2], policy=key[2], part=key[3])
 
     def key(self, variable: Tensor) -> Key:
         """What variables of one bucket share."""
-        own = self.policies.get(id(variable))
-        return variable.device, variable.dtype, own[1] if own else self.policy
+        own, part = self.policies.get(id(variable)), self.parts.get(id(variable))
+        return variable.device, variable.dtype, own[1] if own else self.policy, part[1] if part else 0
 
     def steps_taken(self) -> int:
         """The value of iterations, 0 before it exists."""
@@ -70,7 +71,8 @@ class State:
             members.setdefault(self.key(variable), []).append(variable)
         grown = [(self.bucket(mine[0]), mine) for mine in members.values()]
         parts = {(b.dtype, b.policy): b.policy.groups(b.dtype, groups) for b, _ in grown}
-        plans = [(b, b.grown(mine, slots.flatten(parts[(b.dtype, b.policy)]))) for b, mine in grown]
+        numbers = {key: number for key, (_, _, number) in self.parts.items()}
+        plans = [(b, b.grown(mine, slots.flatten(parts[(b.dtype, b.policy)]), numbers)) for b, mine in grown]
         self._refuse_own(variable for _, (new, *_) in plans for variable in new)
         before = (self.iterations, len(self.weights), dict(self.buckets), [(bucket, bucket.mark()) for bucket, _ in grown])
         made: list[tuple[Bucket, str, int]] = []
@@ -79,9 +81,9 @@ class State:
                 self.make_iterations()
             self.weights.extend(first)
             for bucket, plan in plans:
-                self.buckets[(bucket.device, bucket.dtype, bucket.policy)] = bucket
+                self.buckets[bucket.key] = bucket
                 bucket.adopt(*plan)
-            for variable, slot in slots.creation_order(variables, lambda v: parts[self.key(v)[1:]]):
+            for variable, slot in slots.creation_order(variables, lambda v: parts[self.key(v)[1:3]]):
                 bucket = self.bucket(variable)
                 index = bucket.index[id(variable)]
                 if bucket.views[slot.name][index] is None:
@@ -150,16 +152,17 @@ class State:
         for key, bucket in self.buckets.items():
             for name, views in bucket.views.items():
                 place.update({id(view): (key, name, i) for i, view in enumerate(views) if view is not None})
-        own = {"extra": list(self.extra.items()), "policies": list(self.policies.values())}
+        own = {"extra": list(self.extra.items()), "policies": list(self.policies.values()), "parts": list(self.parts.values())}
         return {**self.__dict__, "weights": [place.get(id(w), w) for w in self.weights], **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.extra = {(id(entry[0]), key[1]): entry for key, entry in state["extra"]}
         self.policies = {id(entry[0]): entry for entry in state["policies"]}
+        self.parts = {id(entry[0]): entry for entry in state["parts"]}
         self.weights = [self.buckets[w[0]].view(*w[1:]) if isinstance(w, tuple) else w for w in state["weights"]]
         # torch.load(map_location=...) moves tensors: buckets follow theirs, counters and caches stay on the CPU
-        self.buckets = {(b.device, b.dtype, b.policy): b for b in self.buckets.values()}
+        self.buckets = {b.key: b for b in self.buckets.values()}
         for weight in (w for w in state["weights"] if isinstance(w, Tensor) and w.dim() == 0 and not w.is_meta):
             weight.data = weight.data.cpu()
 

@@ -13,6 +13,7 @@ from fused_kopt.execute import Chosen, Rule, Update
 from fused_kopt.layout import clone
 from fused_kopt.recording import Sums
 from fused_kopt.slots import Slot
+from fused_kopt.stages import Stage
 from fused_kopt.state import State
 
 # What a sparse gradient moves (keras-semantics: IndexedSlices): the touched rows only; all rows of the slots but only the
@@ -222,13 +223,17 @@ def _touched(bucket: Bucket, variable: Tensor, rows: Tensor, sums: Tensor, recip
     return launch
 
 
-def run(launches: Sequence[Launch], executors: Sequence[Chosen], sums: Sums | None = None) -> None:
+def run(launches: Sequence[Launch], executors: Sequence[Chosen], sums: Sums | None = None, stages: Sequence[Stage] = ()) -> None:
     """Execute the launches of a round, and write back what ran on copies."""
     with torch.no_grad():
         for launch, executor in zip(launches, executors, strict=True):
             measured = launch.sparse.measure() if sums is not None and launch.sparse is not None else None
+            for stage in stages:
+                stage.before(launch.update.bucket)
             execute.run(launch.update, executor)
             for write_back in launch.finish:
                 write_back()
+            for stage in stages:
+                stage.after(launch.update.bucket)
             if sums is not None and measured is not None:
                 sums.on(launch.update.bucket.device).add_(measured())

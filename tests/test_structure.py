@@ -39,8 +39,7 @@ LAYERS = (
     ("clipping", "codecs"),
     ("precision",),
     ("planes", "stages"),
-    ("aggregate",),
-    ("description", "updates"),
+    ("aggregate", "description", "updates"),
     ("repeat",),
     ("repeats", "replays"),
     ("borrowed", "contract"),
@@ -59,6 +58,12 @@ LAYERS = (
     ("keras.fusing", "keras.logger"),
     ("keras",),
     ("mixed_precision",),
+    ("distributed.partition", "distributed.squares"),
+    ("distributed.incoming",),
+    ("distributed.backward",),
+    ("distributed.shards",),
+    ("distributed.sharded",),
+    ("distributed",),
     ("",),
     ("torch_optim.arguments", "torch_optim.members"),
     ("torch_optim.stored",),
@@ -152,7 +157,7 @@ class Import(NamedTuple):
 @functools.cache
 def sources() -> dict[str, Path]:
     """Module name (without the package's) to file; the link is followed once, as kernels."""
-    packages = ("optimizers", "keras", "checkpoint", "commands", "torch_optim")
+    packages = ("optimizers", "keras", "checkpoint", "commands", "distributed", "torch_optim")
     folders = ("fused_kopt", *(f"fused_kopt/{name}" for name in packages), "kernels")
     files = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
     return {re.sub(r"^fused_kopt\.|\.?__init__$", "", ".".join(f.relative_to(ROOT).with_suffix("").parts)): f for f in files}

@@ -1,0 +1,196 @@
+"""ZeRO: every rank keeps the slots of its share of the variables, updates that share, and gets the others' from the others."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kopt import collectives, gradients, layout, stages
+from fused_kopt.aggregate import AllReduce, replicas
+from fused_kopt.agreement import DTYPES, Agreement, hashed
+from fused_kopt.buffers import Bucket
+from fused_kopt.distributed import partition
+from fused_kopt.distributed.backward import Backward
+from fused_kopt.distributed.incoming import Incoming, Pool
+from fused_kopt.distributed.partition import Part
+from fused_kopt.distributed.squares import Squares
+from fused_kopt.flat import Flat
+from fused_kopt.stages import Piece, Seen
+
+
+class Shards:
+    """The stage of a sharded optimizer."""
+
+    def __init__(self, settings: AllReduce, part_bytes: int) -> None:
+        self.settings, self.part_bytes = settings, part_bytes
+        self.rank, self.ranks = collectives.rank(settings.group), collectives.size(settings.group)
+        self.squares = Squares(settings.group)
+        self.parts: list[Part] = []
+        self.home: dict[int, tuple[int, int]] = {}  # by id of a variable: its part, and its position there
+        self.own: dict[int, Piece] = {}  # by id of a variable: its piece here
+        self._agreement = Agreement(settings.group)
+        self.incoming: list[Incoming] = []  # by part
+        self.backward = Backward(self)
+        self._pool = Pool()
+        self._numbered: dict[int, int] = {}  # by id of a variable that has slots: its first element's number
+        self._ends: dict[Any, int] = {}  # the next number of each kind of variables
+        self._nobody = torch.zeros(0)  # what a rank without elements updates
+        self._seen: Seen | None = None
+        self._agreed: int | None = None  # the plan whose values were compared
+        self._present: tuple[bytes, list[tuple[Tensor, Tensor]]] = (b"", [])
+        self._waits: dict[int, collectives.Wait] = {}  # by part that is being gathered
+
+    def reported(self) -> AbstractContextManager[None]:
+        """See Stage."""
+        return self._agreement.reported()
+
+    def enter(self, owner: Any, given: Any, aggregated: bool) -> Any:
+        """See Stage. Raises RankMismatchError, PeerError, and what `apply_gradients` raises for pairs."""
+        if isinstance(given, Flat):
+            raise ValueError("A sharded optimizer has flat buffers of its own. Call restore() on the Flat, and pass pairs.")
+        if aggregated and not isinstance(owner._aggregator, AllReduce):
+            given, aggregated = owner._aggregator(given), False
+        pairs = gradients.listed(given)
+        self.backward.flush({id(v): g for g, v in pairs if g is not None})
+        seen = self._look(owner, pairs)
+        codes = self._agreement.agree(self._claim(owner, seen, aggregated))
+        self._agreed = seen.plan
+        if not seen.variables:
+            return []
+        gradients.say_missing([not code for code in codes], seen.variables)
+        self._settle(owner, seen.variables)
+        for part in self.parts:
+            part.bring_back()
+        return self._divide(owner, seen, codes, aggregated)
+
+    def _look(self, owner: Any, pairs: list[tuple[Any, Any]]) -> Seen:
+        if self._seen is None or not self._seen.again(owner, pairs):
+            self._present = (b"", [])
+            self._seen = Seen(owner, pairs)
+            if len({id(v) for v in self._seen.variables}) < len(pairs):
+                raise ValueError("A variable is given twice, which a sharded step cannot update in order. Add its gradients up first.")
+            partition.check([v for v in self._seen.variables if id(v) not in self.home])
+            for variable in self._seen.variables:
+                self._tell(owner, variable)
+        return self._seen
+
+    def _claim(self, owner: Any, seen: Seen, aggregated: bool) -> Any:
+        due = self.settings.check_every and owner._state.steps_taken() % self.settings.check_every == 0
+        claim = stages.claim(owner, seen, lambda: replicas(None, seen), bool(seen.variables) and (bool(due) or self._agreed != seen.plan))
+        codes = self.backward.added(seen)
+        how = "summed by the step" if aggregated else f"whole, present {hashed([('', codes.tobytes().hex())])}"
+        return claim._replace(codes=codes, numbers=[*claim.numbers, ("how gradients come", how)])
+
+    def adopt(self, owner: Any, variables: Sequence[Tensor]) -> None:
+        """Give variables their places before a first step; every rank must call it. Raises what `enter` raises."""
+        with self._agreement.reported():
+            seen = self._look(owner, [(None, variable) for variable in variables])
+            self._agreement.agree(self._claim(owner, seen, True))
+            self._agreed = seen.plan
+        self._settle(owner, seen.variables)
+
+    def _settle(self, owner: Any, variables: Sequence[Tensor]) -> None:
+        """Give new variables a part, and this rank its pieces."""
+        alike: dict[Any, list[Tensor]] = {}
+        for variable in variables:
+            if id(variable) not in self.home:
+                alike.setdefault((variable.device, variable.dtype), []).append(variable)
+        for run in (run for mine in alike.values() for run in partition.runs(mine, self.part_bytes)):
+            part = Part(run, self.ranks)
+            self.home |= {id(variable): (len(self.parts), i) for i, variable in enumerate(run)}
+            self.own |= {id(variable): (None, 0, 0) for variable in run}
+            for index, start, end in part.of(self.rank):
+                at = part.segments[index].offset
+                self.own[id(run[index])] = (part.flat[at + start : at + end], start, end)
+            self.parts.append(part)
+            self.incoming.append(Incoming(part, self.rank, self.settings.group, self._pool))
+        for variable in variables:
+            self._tell(owner, variable)
+
+    def _tell(self, owner: Any, variable: Tensor) -> None:
+        """What was said of a variable counts for its piece."""
+        piece = self.own.get(id(variable), (None, 0, 0))[0]
+        if piece is not None and id(variable) in owner._state.policies:
+            owner._state.policies[id(piece)] = (piece, owner._state.policies[id(variable)][1])
+        if piece is not None and id(variable) in owner._multipliers:
+            owner._multipliers[id(piece)] = (piece, owner._multipliers[id(variable)][1])
+
+    def _number(self, owner: Any, variables: Sequence[Tensor]) -> None:
+        """Count the elements of variables that get slots now, as an optimizer that keeps everything would."""
+        for variable in (v for v in variables if id(v) not in self._numbered):
+            piece, start, _ = self.own[id(variable)]
+            kind = owner._state.key(variable)[:3]
+            first = self._numbered.setdefault(id(variable), self._ends.get(kind, 0))
+            self._ends[kind] = first + layout.plan([variable])[0].end
+            if piece is not None:
+                owner._state.parts[id(piece)] = (piece, self.home[id(variable)][0], first + start)
+
+    def _divide(self, owner: Any, seen: Seen, codes: Any, aggregated: bool) -> list[tuple[Tensor, Tensor]]:
+        """Sum the gradients; what remains are this rank's pieces of those that any rank has."""
+        key = codes.tobytes()
+        if self._present[0] != key:
+            self._present = (key, self._pairs(owner, seen, codes))
+        given = {id(v): g for g, v in zip(seen.gradients, seen.variables, strict=True)}
+        waits = []
+        for incoming in self.incoming:
+            if incoming.kind is not None and not incoming.done:
+                mine = [given.get(id(variable)) for variable in incoming.part.variables]
+                if aggregated:
+                    waits.append(incoming.reduce(mine))
+                else:
+                    incoming.take(mine, incoming.part.of(self.rank))
+        for wait in waits:
+            wait()
+        return self._present[1]
+
+    def _pairs(self, owner: Any, seen: Seen, codes: Any) -> list[tuple[Tensor, Tensor]]:
+        there = [(v, dtype) for v, code in zip(seen.variables, codes.tolist(), strict=True) if (dtype := DTYPES[code]) is not None]
+        self._number(owner, [v for v, _ in there])
+        for number, incoming in enumerate(self.incoming):
+            kinds = [dtype for v, dtype in there if self.home[id(v)][0] == number]
+            incoming.expect(functools.reduce(torch.promote_types, kinds) if kinds else None)
+        ordered = sorted(range(len(there)), key=lambda i: self.home[id(there[i][0])])  # launches go part by part
+        mine = [(i, *self.home[id(there[i][0])], *self.own[id(there[i][0])]) for i in ordered]
+        pairs = [(self.incoming[part].summed(index, a, b), piece) for _, part, index, piece, a, b in mine if piece is not None]
+        numbers = [i for i, _, _, piece, _, _ in mine if piece is not None]
+        if not pairs:  # this rank counts the step all the same, and takes part in norms
+            pairs, numbers = [(self._nobody, self._nobody)], [len(there)]
+        self.squares.arrange(pairs, numbers, len(there) + 1)
+        return pairs
+
+    def before(self, bucket: Bucket) -> None:
+        """See Stage: what was updated before is gathered while this part is updated."""
+        self._gather(bucket.part)
+
+    def after(self, bucket: Bucket) -> None:
+        """See Stage."""
+
+    def _gather(self, end: int) -> None:
+        """Start to gather the parts below `end`, all ranks in this order."""
+        for number in range(end):
+            part = self.parts[number]
+            if self.incoming[number].kind is not None and number not in self._waits:
+                mine = part.flat[self.rank * part.share :][: part.share]
+                self._waits[number] = collectives.gather(part.flat, mine, self.settings.group)
+
+    def leave(self) -> None:
+        """See Stage."""
+        self._gather(len(self.parts))
+        waits, self._waits = self._waits, {}
+        for number, wait in waits.items():
+            wait()
+            torch.autograd.graph.increment_version(self.parts[number].variables)
+        self.backward.reset()
+
+    def settle(self, owner: Any, variables: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See Stage. Every rank must call it, with the same variables."""
+        self.adopt(owner, variables)
+        self._number(owner, variables)
+        return [piece for piece, _, _ in (self.own[id(v)] for v in variables) if piece is not None] or [self._nobody]
+
+    def pieces(self) -> Mapping[int, Piece]:
+        """See Stage."""
+        return self.own
