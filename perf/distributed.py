@@ -3,10 +3,11 @@
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from perf.sharers import Sharer
 from perf.workloads import WORKLOADS, Sampled, sampled
 
 BUDGET = 60.0
+Links = Mapping[tuple[str, int], tuple[float, Callable[[], None]]]
 COUNTED_STEPS = 3
 EPILOG = """On a GPU machine a rank has a GPU, and collectives are NCCL's. Otherwise a rank is a process with one thread, and
 collectives are gloo's over the loopback device. Ranks share the machine's cores and memory: more of them than cores measure contention.
@@ -41,34 +43,53 @@ def worker(rank: int, ranks: int, folder: str, sample: Sampled, seconds: float) 
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     try:
-        found = _measure([made(sample.shapes, device) for made in sharers.SHARERS], seconds)
-        lines = wire.lines(device) if ranks > 1 else {}
+        found = _measure([made(sample.shapes, device) for made in sharers.SHARERS], _links(device), seconds)
         if rank == 0:
-            text = json.dumps({"found": found, "lines": lines})
-            Path(folder, "found.json").write_text(text, encoding="utf-8")
+            Path(folder, "found.json").write_text(json.dumps(found), encoding="utf-8")
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def _measure(made: Sequence[Sharer], seconds: float) -> dict[str, dict[str, Any]]:
-    """Time, bytes and state of each, by name."""
+def _links(device: torch.device) -> Links:
+    """Collectives by kind and size; none on one rank."""
+    sizes = wire.SIZES if dist.get_world_size() > 1 else ()
+    return {(kind, size): wire.collective(kind, size, device) for kind in wire.KINDS for size in sizes}
+
+
+def _measure(made: Sequence[Sharer], links: Links, seconds: float) -> dict[str, Any]:
+    """Of each way its time, bytes and state, by name; of each kind of collective the line through its times, taken in the same turns."""
     for sharer in made:
         for _ in range(measure.WARM):
             sharer.prepare()
             sharer.step()
     found = {sharer.name: _bytes(sharer) for sharer in made}
-    taken: dict[str, list[float]] = {sharer.name: [] for sharer in made}
-    deadline = time.monotonic() + seconds
-    # all ranks must agree on when to end, so that the first one says it
-    while _first(len(taken[made[0].name]) < measure.LEAST or (time.monotonic() < deadline and len(taken[made[0].name]) < measure.MOST)):
-        turn = len(taken[made[0].name]) % len(made)
-        for sharer in [*made[turn:], *made[:turn]]:
-            sharer.prepare()
-            taken[sharer.name].append(wire.timed(sharer.step))
-    for name, mine in taken.items():
-        found[name]["seconds"] = wire.slowest(mine)
-    return found
+    jobs = {sharer.name: (sharer.prepare, sharer.step) for sharer in made} | {key: (_nothing, run) for key, (_, run) in links.items()}
+    taken = _turns(jobs, seconds)
+    for sharer in made:
+        found[sharer.name]["seconds"] = taken[sharer.name]
+    lines = {}
+    for kind in {kind: None for kind, _ in links}:
+        points = [(sent, statistics.median(taken[key])) for key, (sent, _) in links.items() if key[0] == kind]
+        lines[kind] = wire.fitted(points)
+    return {"found": found, "lines": lines}
+
+
+def _nothing() -> None:
+    """What a collective needs before it."""
+
+
+def _turns(jobs: Mapping[Any, tuple[Callable[[], None], Callable[[], None]]], seconds: float) -> dict[Any, list[float]]:
+    """Seconds of repetitions, interleaved: every round starts with another job. jobs: what is not timed, and what is."""
+    taken: dict[Any, list[float]] = {key: [] for key in jobs}
+    keys, deadline, turn = list(jobs), time.monotonic() + seconds, 0
+    # all ranks must agree on when to end, so the first one says it
+    while _first(turn < measure.LEAST or (time.monotonic() < deadline and turn < measure.MOST)):
+        for key in [*keys[turn % len(keys) :], *keys[: turn % len(keys)]]:
+            jobs[key][0]()
+            taken[key].append(wire.timed(jobs[key][1]))
+        turn += 1
+    return {key: wire.slowest(mine) for key, mine in taken.items()}
 
 
 def _first(value: bool) -> bool:
@@ -134,8 +155,10 @@ def main(arguments: Sequence[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     earlier: dict[int, dict[str, Any]] = {}
     for ranks in sorted(options.ranks):
+        backend, load = "nccl" if _gpus(ranks) else "gloo", rows.rounded(os.getloadavg()[0])
         earlier[ranks] = found = run(ranks, sample, options.seconds)
-        made = shares.rows(found, earlier, shares.Setting(provenance, ranks, options.workload, sample, "nccl" if _gpus(ranks) else "gloo"))
+        setting = shares.Setting(provenance, ranks, options.workload, sample, backend, load)
+        made = shares.rows(found, earlier, setting)
         rows.append(options.out, made)
         for row in made:
             print(shares.summary(row), flush=True)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import fused_kopt
 from fused_kopt import torch_optim
+from fused_kopt.distributed import shard
 from perf.cases import RATE
 from perf.workloads import Shape
 
@@ -50,10 +51,11 @@ class Sharer(ABC):
         return sum(t.nbytes for t in self.state() if t.dim())
 
 
-class AllReduced(Sharer):
-    """fused_kopt.Adam, which sums all gradients on every rank."""
+class Local(Sharer):
+    """fused_kopt.Adam on every rank by itself: what a step takes without sums."""
 
-    name = "fused_kopt all-reduce"
+    name = "fused_kopt alone"
+    aggregated = False
 
     def __init__(self, shapes: Sequence[Shape], device: torch.device) -> None:
         super().__init__(shapes, device)
@@ -64,10 +66,27 @@ class AllReduced(Sharer):
         pass
 
     def step(self) -> None:
-        self.optimizer.apply_gradients(self.pairs)
+        self.optimizer.apply_gradients(self.pairs, experimental_aggregate_gradients=self.aggregated)
 
     def state(self) -> Iterable[Tensor]:
         return (flat for bucket in self.optimizer._state.buckets.values() for flat in bucket.flat.values())
+
+
+class AllReduced(Local):
+    """fused_kopt.Adam, which sums all gradients on every rank."""
+
+    name = "fused_kopt all-reduce"
+    aggregated = True
+
+
+class Sharded(AllReduced):
+    """fused_kopt.Adam, of whose state every rank keeps a share."""
+
+    name = "fused_kopt sharded"
+
+    def __init__(self, shapes: Sequence[Shape], device: torch.device) -> None:
+        super().__init__(shapes, device)
+        shard(self.optimizer)
 
 
 class Redundancy(Sharer):
@@ -159,4 +178,4 @@ class OursFullySharded(FullySharded):
         return torch_optim.Adam(parameters, lr=RATE)
 
 
-SHARERS: tuple[type[Sharer], ...] = (AllReduced, Redundancy, FullySharded, OursFullySharded)
+SHARERS: tuple[type[Sharer], ...] = (Local, AllReduced, Sharded, Redundancy, FullySharded, OursFullySharded)

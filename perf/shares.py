@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 import fused_kopt
-from fused_kopt.commands import scale
+from fused_kopt.commands import division, scale
+from fused_kopt.commands.division import Job, Zero
 from fused_kopt.commands.machines import Topology
 from fused_kopt.commands.models import Model
-from fused_kopt.commands.scale import Job, Zero
 from perf.rows import RESULTS, Provenance, check_header, rounded
 from perf.tables import markdown, seconds, size
 from perf.wire import Line
@@ -22,6 +22,7 @@ from perf.workloads import Sampled, elements
 
 PLANNED: dict[str, Zero] = {"fused_kopt all-reduce": "0", "fused_kopt sharded": "1"}
 FOLDER = RESULTS / "distributed"
+ALONE = "fused_kopt alone"
 SLOT_BYTES = 8  # Adam's two
 
 
@@ -30,6 +31,8 @@ class Row(Provenance):
     """One way on one number of ranks. Bytes are those of a step for each rank, on average; times are the slowest rank's, in seconds."""
 
     cores: int
+    load: float
+    """Of the machine in the last minute before: processes that want a core, those of other work among them."""
     backend: str
     ranks: int
     provider: str
@@ -66,6 +69,7 @@ class Setting(NamedTuple):
     workload: str
     sample: Sampled
     backend: str
+    load: float
 
 
 def job(sample: Sampled, ranks: int, zero: Zero) -> Job:
@@ -75,15 +79,14 @@ def job(sample: Sampled, ranks: int, zero: Zero) -> Job:
 
 
 def planned(made: Job, backend: str, alone: float, lines: Mapping[str, Line]) -> tuple[int, float]:
-    """Bytes on the wire and seconds of a step. alone: seconds of a step on one rank, which gives the memory's rate."""
-    whole = replace(made, topology=Topology(1, 1))
-    rate = scale.update(whole).moved / alone
-    total, time = 0.0, scale.update(made).moved / rate
+    """Bytes on the wire and seconds of a step. alone: seconds of a step on two ranks that sum nothing."""
+    local = division.update(replace(made, zero="0")).moved
+    total, time = 0.0, alone * (division.update(made).moved + scale.copied(made)) / local
     for one in scale.sent(made):
         kind = one.what.split()[0]
         # gloo reduces whole tensors everywhere, and then keeps a part: its reduce-scatter sends what an all-reduce does
         total += one.link * (2 if kind == "reduce-scatter" and backend == "gloo" else 1)
-        time += lines[kind].seconds(one.link)
+        time += one.messages * lines[kind].latency + one.link / lines[kind].rate
     return round(total), time
 
 
@@ -93,20 +96,21 @@ def _line(fitted: tuple[str, Line]) -> str:
 
 
 def rows(found: Mapping[str, Any], earlier: Mapping[int, Mapping[str, Any]], setting: Setting) -> list[Row]:
-    """The rows of a number of ranks. earlier: what fewer ranks found, and this one; plans need it of one rank and of two."""
+    """The rows of a number of ranks. earlier: what fewer ranks found, and this one; plans need it of two."""
     made = []
     for name, one in found["found"].items():
         times, ranks = sorted(one["seconds"]), setting.ranks
         zero, plan = PLANNED.get(name), (0, 0, 0.0)
-        if zero is not None and ranks > 1 and {1, 2} <= set(earlier):
+        if zero is not None and ranks > 1 and 2 in earlier:
             mine = job(setting.sample, ranks, zero)
-            alone = statistics.median(earlier[1]["found"][name]["seconds"])
-            plan = (scale.held(mine).state, *planned(mine, setting.backend, alone, earlier[2]["lines"]))
-        shared = 1 if zero == "0" else ranks
+            alone = statistics.median(earlier[2]["found"][ALONE]["seconds"])
+            plan = (division.held(mine).state, *planned(mine, setting.backend, alone, earlier[2]["lines"]))
+        shared = 1 if zero == "0" or name == ALONE else ranks
         made.append(
             Row(
                 **asdict(setting.provenance) | {"threads": 1},
                 cores=len(os.sched_getaffinity(0)),
+                load=setting.load,
                 backend=setting.backend,
                 ranks=ranks,
                 provider=name,
@@ -158,7 +162,7 @@ def newest(found: Sequence[Row]) -> list[list[Row]]:
 def _caption(run: Sequence[Row]) -> str:
     row = run[0]
     what = f"{row.workload} ({row.sample}): {row.tensors:,} tensors, {row.elements:,} elements"
-    machine = f"{row.backend}, {row.cores} cores, {row.threads} thread per rank, torch {row.torch}"
+    machine = f"{row.backend}, {row.cores} cores, {row.threads} thread per rank, load {row.load:.1f} before, torch {row.torch}"
     return f"{row.device} ({what}; {machine}; {row.date[:10]}, {row.commit})"
 
 

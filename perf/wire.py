@@ -1,6 +1,5 @@
 """What goes over the wire: collectives counted as they are called, bytes that the loopback device has sent, and a model of their time."""
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_kopt import collectives
 
-SIZES = tuple(1 << n for n in range(12, 27, 2))  # bytes of the flat tensor: 4 KiB to 64 MiB
-REPEATED = 9
+SIZES = tuple(1 << n for n in range(12, 25, 2))  # bytes of the flat tensor: 4 KiB to 16 MiB
+KINDS = ("reduce-scatter", "all-gather", "all-reduce")
 
 
 def _of(given: Any) -> int:
@@ -68,10 +67,6 @@ class Line(NamedTuple):
     latency: float
     rate: float
 
-    def seconds(self, sent: float) -> float:
-        """Of one collective in which a rank sends so many bytes."""
-        return self.latency + sent / self.rate
-
 
 def fitted(points: Sequence[tuple[float, float]]) -> Line:
     """The line through (bytes, seconds) with the least squares of relative errors."""
@@ -95,25 +90,14 @@ def slowest(seconds: Sequence[float]) -> list[float]:
     return [max(each) for each in zip(*collectives.objects(list(seconds)), strict=True)]
 
 
-def lines(device: torch.device) -> dict[str, Line]:
-    """Measure and fit the collectives that steps consist of, on this group."""
-    ranks, found = dist.get_world_size(), {}
-    flat = torch.zeros(SIZES[-1] // 4, device=device)
-
-    def jobs(n: int) -> dict[str, Callable[[], None]]:
-        shard = torch.zeros(n // ranks, device=device)
-        return {
-            "reduce-scatter": lambda: collectives.reduce_scatter(shard, flat[:n])(),
-            "all-gather": lambda: collectives.gather(flat[:n], shard)(),
-            "all-reduce": lambda: collectives.reduce(flat[:n])(),
-        }
-
-    for kind in jobs(ranks):
-        points = []
-        for size in SIZES:
-            run = jobs(size // 4)[kind]
-            run()
-            seconds = statistics.median(slowest([timed(run) for _ in range(REPEATED)]))
-            points.append((size * (ranks - 1) / ranks * (2 if kind == "all-reduce" else 1), seconds))
-        found[kind] = fitted(points)
-    return found
+def collective(kind: str, size: int, device: torch.device) -> tuple[float, Callable[[], None]]:
+    """One of KINDS on a flat tensor of about so many bytes: what a rank sends, and a call."""
+    ranks = dist.get_world_size()
+    each = size // 4 // ranks
+    flat, part = torch.zeros(each * ranks, device=device), torch.zeros(each, device=device)
+    jobs: dict[str, Callable[[], collectives.Wait]] = {
+        "reduce-scatter": lambda: collectives.reduce_scatter(part, flat),
+        "all-gather": lambda: collectives.gather(flat, part),
+        "all-reduce": lambda: collectives.reduce(flat),
+    }
+    return flat.nbytes * (ranks - 1) / ranks * (2 if kind == "all-reduce" else 1), lambda: jobs[kind]()()

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections import Counter
 from math import ceil
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from terminal import Run
 
 import fused_kopt
-from fused_kopt import layout
+from fused_kopt import aggregate, layout
 from fused_kopt.commands import division, machines, models, plan, scale
 from fused_kopt.commands.common import RefusedError
 from fused_kopt.commands.division import Job, Zero
@@ -20,6 +21,7 @@ from fused_kopt.commands.machines import MACHINES, Latency, Topology
 from fused_kopt.commands.plan import Settings
 from fused_kopt.commands.scale import Load
 from fused_kopt.commands.variants import OPTIMIZERS
+from fused_kopt.distributed import partition, sharded
 
 # as the models' pages, or the publications, count them
 PARAMETERS = {
@@ -142,6 +144,24 @@ def test_pieces_are_the_flat_buffers(counts: list[int], ranks: int) -> None:
     for rank in range(ranks):
         mine = owner[rank * size : (rank + 1) * size]
         assert division.pieces(counts, size, rank) == [n for n in ((mine == i).sum().item() for i in range(len(counts))) if n]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("least", [1, 500, 1 << 20])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_the_layout_is_that_of_sharded_optimizers(counts: list[int], least: int, ranks: int) -> None:
+    variables = [torch.zeros(n) for n in counts]
+    runs = partition.runs(variables, least)
+    assert [[v.numel() for v in run] for run in runs] == division.parts(counts, 4, least)
+    for run in runs:
+        part, mine = partition.Part(run, ranks), [v.numel() for v in run]
+        assert part.share == division.share(mine, ranks)
+        for rank in range(ranks):
+            assert [share.end - share.start for share in part.of(rank)] == division.pieces(mine, part.share, rank)
+
+
+def test_parts_are_as_long_as_by_default() -> None:
+    assert (division.SHARD_BYTES, division.REDUCE_BYTES) == (sharded.PART_BYTES, aggregate.PART)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -351,3 +371,16 @@ def test_every_optimizer_and_machine_has_a_plan() -> None:
     for name in MACHINES:
         found = plan.work_out(Settings("gpt2", gpu=name, gpus=16)).times
         assert found.step > found.forward + found.backward
+
+
+def test_the_page_shows_what_is_printed(run: Run) -> None:
+    page = (Path(__file__).parent.parent / "docs/plan.md").read_text(encoding="utf-8")
+    ((command, printed),) = re.findall(r"```bash\nfused-kopt (plan .*)\n```.*?```text\n(.*?)```", page, re.DOTALL)
+    assert [line.rstrip() for line in run(*command.split()).out.splitlines()] == printed.splitlines()
+
+
+def test_the_page_shows_the_machines() -> None:
+    page = (Path(__file__).parent.parent / "docs/plan.md").read_text(encoding="utf-8")
+    for name, m in MACHINES.items():
+        memory = f"{m.memory:,.0f} GB | {m.peak:,.0f} TFLOP/s | {m.bandwidth:,.0f} GB/s"
+        assert f"| {name} | {memory} | {m.link:,.0f} GB/s | {m.network:,.0f} GB/s |" in page

@@ -86,6 +86,13 @@ def floors(one: Sent, machine: Machine) -> Floors:
     return Floors(one.link / machine.link / 1e9, one.network / machine.network / 1e9, one.messages * wait)
 
 
+def copied(job: Job) -> int:
+    """Bytes that are read and written to bring gradients into flat buffers; FSDP2's own copies, beside the passes, do not count."""
+    if job.zero == "fsdp" or (job.zero == "0" and job.topology.ranks == 1):
+        return 0
+    return 2 * sum(job.counts) * job.gradients.itemsize
+
+
 class Load(NamedTuple):
     """What a step computes besides the update."""
 
@@ -127,12 +134,11 @@ def times(job: Job, machine: Machine, load: Load) -> Times:
     unit = job.model.active * load.tokens / (machine.peak * 1e12 * load.mfu)
     rate = machine.bandwidth * 1e9
     update = division.update(job).moved / rate
-    copied = 0 if job.zero == "fsdp" or (job.zero == "0" and job.topology.ranks == 1) else 2 * sum(job.counts) * job.gradients.itemsize
     lengths: dict[Behind, float] = {"nothing": 0.0, "update": update, "backward": BACKWARD * unit, "forward": FORWARD * unit}
     collectives = sent(job)
     each = tuple(floors(one, machine) for one in collectives)
     exposed, least = (_exposed(collectives, each, lengths, behind) for behind in (lambda one: one.behind, lambda one: one.best))
-    return Times(lengths["forward"], lengths["backward"], copied / rate, update, each, exposed, least)
+    return Times(lengths["forward"], lengths["backward"], copied(job) / rate, update, each, exposed, least)
 
 
 def _exposed(collectives: Sequence[Sent], each: Sequence[Floors], lengths: dict[Behind, float], behind: Callable[[Sent], Behind]) -> float:
