@@ -54,11 +54,11 @@ def gather(flat: Tensor, shard: Tensor, group: Group = None) -> Wait:
     return _started("all-gather", group, lambda: _all_gather(flat, shard, group=group, async_op=True))
 
 
-def exchange(received: Tensor, sent: Tensor, group: Group = None) -> Wait:
-    """Send a part of `sent` to every rank, and receive one of each."""
+def exchange(received: Tensor, sent: Tensor, sizes: tuple[list[int], list[int]], group: Group = None) -> Wait:
+    """Send a part of `sent` to every rank, and receive one of each. sizes: how many elements come, and go, by rank."""
     if _alone(group, received, sent):
         return _nothing
-    return _started("all-to-all", group, lambda: dist.all_to_all_single(received, sent, group=group, async_op=True))
+    return _started("all-to-all", group, lambda: dist.all_to_all_single(received, sent, *sizes, group=group, async_op=True))
 
 
 def objects(value: Any, group: Group = None) -> list[Any]:

@@ -224,6 +224,8 @@ class Contract(ABC):
         return weights
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._stages:
+            raise TypeError("This optimizer is sharded or offloaded, and has no copies. Save it with fused_kopt.distributed.save.")
         own = {"_multipliers": list(self._multipliers.values())}
         return {k: v for k, v in self.__dict__.items() if k not in _OWN} | own
 

@@ -83,8 +83,10 @@ class Engine(Planned):
                     given = stage.enter(self, given, aggregated)
                     aggregated = False
                 done = self._local(given, aggregated)
+                self._torn = bool(stages)  # what fails from here on leaves variables that others have not got, or have not sent
                 for stage in reversed(stages):
                     stage.leave()
+                self._torn = False
                 return done
 
     def _local(self, given: Any, aggregated: bool) -> Tensor | None:

@@ -22,6 +22,13 @@ class Stored(Contract):
     def rule(self) -> Rule:
         """The update rule of this configuration: a module-level function."""
 
+    def _kept_for(self, variable: Tensor) -> Tensor:
+        """What has slots in place of a caller's variable."""
+        for stage in self._stages:
+            piece = stage.pieces().get(id(variable), (None, 0, 0))[0]
+            variable = variable if piece is None else piece
+        return variable
+
     def get_slot_names(self) -> list[str]:
         """The names of the slots that exist."""
         return self._state.slot_names()
@@ -58,7 +65,7 @@ class Stored(Contract):
         wanted, given = precision.get(policy), list(variables)
         for position, variable in enumerate(given):
             wanted.check(variable.dtype, slots.flatten(self.slot_groups()), f"variable {position} {tuple(variable.shape)}")
-            if self._state.built_as(variable) is not None:
+            if self._state.built_as(self._kept_for(variable)) is not None:
                 raise ValueError(
                     f"Variable {position} {tuple(variable.shape)} has slots already. Call set_precision() before its first step."
                 )

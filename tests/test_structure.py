@@ -59,7 +59,7 @@ LAYERS = (
     ("keras",),
     ("mixed_precision",),
     ("distributed.partition", "distributed.squares"),
-    ("distributed.incoming",),
+    ("distributed.incoming", "distributed.tree"),
     ("distributed.backward",),
     ("distributed.shards",),
     ("distributed.sharded",),

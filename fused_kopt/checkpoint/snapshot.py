@@ -35,6 +35,8 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
     with optimizer._lock:
         if optimizer._torn:
             raise TornStepError("The last step was interrupted: some variables were updated, others not. Restore an older checkpoint.")
+        if optimizer._stages:
+            raise ValueError("This optimizer is sharded or offloaded: no rank has all of its state. Use fused_kopt.distributed.save.")
         state = optimizer._state
         names = {id(tensor): name for name, tensor in known.items()}
         owned = {name: {slot: _copy(view) for slot, view in views.items()} for name, views in _views(optimizer, names).items()}

@@ -2,5 +2,6 @@
 
 from fused_kopt.aggregate import AllReduce
 from fused_kopt.distributed.sharded import full_slot, reduce_in_backward, shard
+from fused_kopt.distributed.tree import TreeSum
 
-__all__ = ["AllReduce", "full_slot", "reduce_in_backward", "shard"]
+__all__ = ["AllReduce", "TreeSum", "full_slot", "reduce_in_backward", "shard"]

@@ -27,23 +27,20 @@ def shard(optimizer: Sharded, group: Group = None, part_bytes: int = PART_BYTES,
         ...
         optimizer.apply_gradients(zip(grads, variables))
 
-    Each rank keeps 1/N of the slots and masters, by elements, whatever the variables' sizes. A step sums the gradients by reduce-scatter,
-    updates the rank's share in fused launches, and gathers the variables: bit for bit what an optimizer makes of the summed gradient
-    that keeps everything, but for the last bits of norms, which are added up in another order. With
-    `reduce_in_backward` gradients never are all there either (ZeRO-2). Variables become views of flat buffers at the first step.
-    Everything that `fused_kopt.distributed.AllReduce` says of agreement and absent gradients holds here.
+    Each rank keeps 1/N of the slots and masters. A step sums gradients by reduce-scatter, updates the rank's share, and gathers the
+    variables: bit for bit what an optimizer makes of the sums that keeps everything, but for the last bits of norms, which are added up
+    in another order. With `reduce_in_backward` gradients never are all there either (ZeRO-2). Variables become views of flat buffers at
+    the first step. What `AllReduce` says of agreement and absent gradients holds here.
 
     Args:
         optimizer: any optimizer of this package without state, or a LossScaleOptimizer around one. It is changed in place and returned.
         group: of torch.distributed; default: all ranks. One rank, or no process group at all, is fine.
-        part_bytes: variables of a dtype are cut into parts of about this size, each a launch: the variables of one are
-            gathered while the next is updated.
-        check_every: as for AllReduce; slots have no equals to be compared with.
+        part_bytes: about the size of a part, which is a launch of its own: one is gathered while the next is updated.
+        check_every: as for AllReduce, of the variables.
 
-    What changes: `weights`, `get_slot` and `last_stats`'s inputs are this rank's pieces, 1-D (`full_slot` collects a slot; last_stats and
-    norms are of everything); `set_precision`, `scale_learning_rate` and `build` take the variables as before. Save with
-    `fused_kopt.distributed.save`. A rank lost between the update and the gathering leaves the others torn (TornStepError): their share of
-    the state is lost with it, load a checkpoint.
+    `weights` and `get_slot` have this rank's pieces, 1-D (`full_slot` collects a slot); `last_stats` and norms are of everything;
+    `set_precision`, `scale_learning_rate` and `build` take variables as before. A rank that is lost before the gathering leaves
+    the others torn (TornStepError): a share of the state is lost with it. Load a checkpoint.
 
     Raises TypeError for other objects, ValueError where there is state already, or gradient_transformers, which need whole gradients;
     a step raises ValueError for a variable given twice, RuntimeError for sparse gradients.

@@ -37,7 +37,7 @@ class Shards:
         self._pool = Pool()
         self._numbered: dict[int, int] = {}  # by id of a variable that has slots: its first element's number
         self._ends: dict[Any, int] = {}  # the next number of each kind of variables
-        self._nobody = torch.zeros(0)  # what a rank without elements updates
+        self._empty: dict[Any, Tensor] = {}  # what a rank without elements updates, by kind
         self._seen: Seen | None = None
         self._agreed: int | None = None  # the plan whose values were compared
         self._present: tuple[bytes, list[tuple[Tensor, Tensor]]] = (b"", [])
@@ -157,9 +157,18 @@ class Shards:
         pairs = [(self.incoming[part].summed(index, a, b), piece) for _, part, index, piece, a, b in mine if piece is not None]
         numbers = [i for i, _, _, piece, _, _ in mine if piece is not None]
         if not pairs:  # this rank counts the step all the same, and takes part in norms
-            pairs, numbers = [(self._nobody, self._nobody)], [len(there)]
+            empty = self._nothing(owner, there[0][0])
+            pairs, numbers = [(empty, empty)], [len(there)]
         self.squares.arrange(pairs, numbers, len(there) + 1)
         return pairs
+
+    def _nothing(self, owner: Any, like: Tensor) -> Tensor:
+        """A piece without elements."""
+        kind = owner._state.key(like)[:3]
+        if kind not in self._empty:
+            self._empty[kind] = torch.zeros(0, dtype=like.dtype, device=like.device)
+            owner._state.policies[id(self._empty[kind])] = (self._empty[kind], kind[2])
+        return self._empty[kind]
 
     def before(self, bucket: Bucket) -> None:
         """See Stage: what was updated before is gathered while this part is updated."""
@@ -189,7 +198,8 @@ class Shards:
         """See Stage. Every rank must call it, with the same variables."""
         self.adopt(owner, variables)
         self._number(owner, variables)
-        return [piece for piece, _, _ in (self.own[id(v)] for v in variables) if piece is not None] or [self._nobody]
+        mine = [piece for piece, _, _ in (self.own[id(v)] for v in variables) if piece is not None]
+        return mine or [self._nothing(owner, v) for v in variables[:1]]
 
     def pieces(self) -> Mapping[int, Piece]:
         """See Stage."""
