@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -70,7 +69,7 @@ def _measure(made: Sequence[Sharer], links: Links, seconds: float) -> dict[str, 
         found[sharer.name]["seconds"] = taken[sharer.name]
     lines = {}
     for kind in {kind: None for kind, _ in links}:
-        points = [(sent, statistics.median(taken[key])) for key, (sent, _) in links.items() if key[0] == kind]
+        points = [(sent, wire.tenth(taken[key])) for key, (sent, _) in links.items() if key[0] == kind]
         lines[kind] = wire.fitted(points)
     return {"found": found, "lines": lines}
 

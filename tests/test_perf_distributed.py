@@ -103,7 +103,7 @@ def test_rows_and_tables(tmp_path: Path) -> None:
     assert shares.read(tmp_path / "some-cpu-2-cores.csv")[len(made) :] == made
     built = shares.build(tmp_path)
     assert "9 s" not in built["distributed"]
-    assert "| fused_kopt sharded | 100 ms; 0 KiB; 0 KiB | 100 ms; 0 KiB; 0 KiB |" in built["distributed"]
+    assert "| fused_kopt sharded | 100 ms (100 ms); 0 KiB; 0 KiB | 100 ms (100 ms); 0 KiB; 0 KiB |" in built["distributed"]
     assert len(re.findall(r"^\| fused_kopt", built["plan"], re.MULTILINE)) == 2
     assert shares.build(tmp_path / "none") == {"distributed": "No rows yet.", "plan": "No rows yet."}
 
