@@ -130,9 +130,7 @@ def rows(found: Mapping[str, Any], earlier: Mapping[int, Mapping[str, Any]], set
                 planned_state=plan[0],
                 planned_bytes=plan[1],
                 planned_seconds=rounded(plan[2]),
-                fitted="; ".join(
-                    f"{kind} {line.latency * 1e6:.0f} us + {line.rate / 1e9:.2f} GB/s" for kind, line in found["lines"].items()
-                ),
+                fitted="; ".join(map(_line, found["lines"].items())),
             )
         )
     return made
@@ -171,19 +169,13 @@ def compared(run: Sequence[Row]) -> str:
     """Every way over the numbers of ranks: step time, bytes that a rank sends, and its state."""
     counts = sorted({row.ranks for row in run})
     by = {(row.provider, row.ranks): row for row in run}
-    lines = []
-    for name in dict.fromkeys(row.provider for row in run):
-        cells = [by.get((name, ranks)) for ranks in counts]
-        lines.append(
-            [
-                name,
-                *(
-                    f"{seconds(r.seconds)} ({seconds(r.seconds_p10)}); {size(r.wire_bytes)}; {size(r.state_bytes)}" if r else ""
-                    for r in cells
-                ),
-            ]
-        )
-    return f"{_caption(run)}\n\n{markdown(['step: median (fastest tenth); sent by a rank; state of a rank', *(_ranks(n) for n in counts)], lines)}"
+    lines = [[name, *(_cell(by.get((name, n))) for n in counts)] for name in dict.fromkeys(row.provider for row in run)]
+    header = "step: median (fastest tenth); sent by a rank; state of a rank"
+    return f"{_caption(run)}\n\n{markdown([header, *(_ranks(n) for n in counts)], lines)}"
+
+
+def _cell(row: Row | None) -> str:
+    return f"{seconds(row.seconds)} ({seconds(row.seconds_p10)}); {size(row.wire_bytes)}; {size(row.state_bytes)}" if row else ""
 
 
 def _ranks(count: int) -> str:
