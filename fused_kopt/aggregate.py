@@ -61,12 +61,20 @@ class AllReduce:
         return collectives.size(self.group) > 1
 
 
+class Part(NamedTuple):
+    """What one collective sums."""
+
+    flat: Tensor
+    members: list[int]
+    """Positions of pairs."""
+    views: list[Tensor]
+    """Of `flat`, one for each member."""
+
+
 class Places(NamedTuple):
     """Where gradients are summed that are present on any rank."""
 
-    flats: list[Tensor]  # one per device and dtype
-    members: list[list[int]]  # positions of their pairs
-    views: dict[int, Tensor]  # by position
+    parts: list[Part]
     pairs: list[tuple[Tensor, Tensor]]
 
 
@@ -90,8 +98,7 @@ class Reduction:
         flat = given if isinstance(given, Flat) else None
         if flat is not None:
             flat.gather()  # every rank must call the same collectives, whatever gradients it has
-        seen = self._look(owner, gradients.listed(given))
-        _check_backends(seen, self.settings.group)
+        seen = self._look(owner, given)
         codes = self._agreement.agree(stages.claim(owner, seen, lambda: replicas(owner, seen), self._compares(owner, seen)))
         self._agreed = seen.plan
         if flat is not None:
@@ -100,12 +107,14 @@ class Reduction:
         gradients.say_missing([not code for code in codes], seen.variables)
         return self._sum(seen, codes)
 
-    def _look(self, owner: Any, pairs: list[tuple[Any, Any]]) -> Seen:
-        if self._seen is None or not self._seen.again(owner, pairs):
-            before, self._seen = self._seen, Seen(owner, pairs)
-            if before is None or list(map(id, before.variables)) != list(map(id, self._seen.variables)):
+    def _look(self, owner: Any, given: Any) -> Seen:
+        before, seen = self._seen, stages.look(owner, given, self._seen)
+        if seen is not before:
+            _check_backends(seen, self.settings.group)
+            if before is None or list(map(id, before.variables)) != list(map(id, seen.variables)):
                 self._places = {}
-        return self._seen
+        self._seen = seen
+        return seen
 
     def _compares(self, owner: Any, seen: Seen) -> bool:
         every = self.settings.check_every
@@ -119,14 +128,9 @@ class Reduction:
             self._places = dict([*kept, (key, self._lay(seen.variables, codes))])
         places, waits = self._places[key], []
         with torch.no_grad():
-            for flat, members in zip(places.flats, places.members, strict=True):
-                start = 0
-                for part in _parts(members, places.views):
-                    fill([places.views[p] for p in part], [seen.gradients[p] for p in part])
-                    last = places.views[part[-1]]
-                    end = len(flat) if part[-1] == members[-1] else int(last.storage_offset()) + last.numel()
-                    waits.append(collectives.reduce(flat[start:end], self.settings.group))
-                    start = end
+            for part in places.parts:
+                fill(part.views, [seen.gradients[p] for p in part.members])
+                waits.append(collectives.reduce(part.flat, self.settings.group))
         self._wait(waits)
         return places.pairs
 
@@ -137,17 +141,19 @@ class Reduction:
             dtype = DTYPES[code]
             if dtype is not None:
                 alike.setdefault((variable.device, dtype), []).append(position)
-        flats: list[Tensor] = []
-        views: dict[int, Tensor] = {}
+        parts: list[Part] = []
         for key, members in alike.items():
-            segments = layout.plan([variables[p] for p in members])
-            if key not in self._memory or len(self._memory[key]) < segments[-1].end:
-                self._memory[key] = torch.zeros(segments[-1].end, dtype=key[1], device=key[0])
+            segments = dict(zip(members, layout.plan([variables[p] for p in members]), strict=True))
+            size = segments[members[-1]].end
+            if key not in self._memory or len(self._memory[key]) < size:
+                self._memory[key] = torch.zeros(size, dtype=key[1], device=key[0])
                 self._places = {}  # the others' places are in memory that is given up
-            flats.append(self._memory[key][: segments[-1].end])
-            views |= {p: flats[-1].as_strided(s.shape, s.stride, s.offset) for p, s in zip(members, segments, strict=True)}
-        order = sorted(views)
-        return Places(flats, list(alike.values()), views, [(views[p], variables[p]) for p in order])
+            for run in _runs(members, variables, key[1].itemsize):
+                flat = self._memory[key][segments[run[0]].offset : segments[run[-1]].end]
+                places = [segments[p]._replace(offset=segments[p].offset - segments[run[0]].offset) for p in run]
+                parts.append(Part(flat, run, [s.of(flat) for s in places]))
+        views = {p: view for part in parts for p, view in zip(part.members, part.views, strict=True)}
+        return Places(parts, [(views[p], variables[p]) for p in sorted(views)])
 
     def _wait(self, waits: Sequence[collectives.Wait]) -> None:
         for wait in waits:
@@ -162,6 +168,9 @@ class Reduction:
     def leave(self) -> None:
         """See Stage."""
 
+    def publish(self) -> None:
+        """See Stage."""
+
     def settle(self, owner: Any, variables: Sequence[Tensor]) -> Sequence[Tensor]:
         """See Stage."""
         return variables
@@ -171,17 +180,17 @@ class Reduction:
         return {}
 
 
-def _parts(members: Sequence[int], views: Mapping[int, Tensor]) -> list[list[int]]:
+def _runs(members: Sequence[int], variables: Sequence[Tensor], itemsize: int) -> list[list[int]]:
     """Members in runs of about PART bytes."""
-    parts: list[list[int]] = [[]]
+    runs: list[list[int]] = [[]]
     size = 0
     for position in members:
         if size >= PART:
-            parts.append([])
+            runs.append([])
             size = 0
-        parts[-1].append(position)
-        size += views[position].numel() * views[position].element_size()
-    return parts
+        runs[-1].append(position)
+        size += variables[position].numel() * itemsize
+    return runs
 
 
 def fill(views: Sequence[Tensor], given: Sequence[Tensor | None]) -> None:

@@ -25,8 +25,7 @@ from fused_kopt.slots import SlotGroups
 from fused_kopt.stages import Stage
 
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
-_OWN = ("_lock", "_stepping", "_repeats", "_replays", "_guard", "_scaled", "_reduction", "_stages", "_across")
-# no copy gets _OWN
+_PROCESS = ("_lock", "_stepping", "_repeats", "_replays", "_guard", "_scaled", "_reduction", "_stages", "_across")  # no copy has these
 _counts: dict[str, Iterator[int]] = {}
 
 
@@ -53,6 +52,7 @@ class Contract(ABC):
         self._executor: Executor = options.get("executor", "auto")
         self.verify_every = options.get("verify_every", 0)
         self._recorder = Recorder(options.get("stats_every", 0))
+        self.ema_momentum = options.get("ema_momentum")
         self._name = name or _unique_name(type(self))
         self._hyper: dict[str, Any] = {}
         self._hypers_created = False
@@ -88,6 +88,7 @@ class Contract(ABC):
         """The common keys, then a class's own."""
         clips = {key: value for key, value in self._clips.items() if value is not None}
         stored = {} if self.precision == precision.DEFAULT else {"precision": precision.serialize(self.precision)}
+        stored |= {} if self.ema_momentum is None else {"ema_momentum": float(self.ema_momentum)}
         rates = {"learning_rate": self._hyper["learning_rate"], "decay": self._initial_decay}
         config = {"name": self._name, **clips, **rates, **own, **stored}
         return {key: hyperparameters.serializable(value) for key, value in config.items()}
@@ -227,7 +228,7 @@ class Contract(ABC):
         if self._stages:
             raise TypeError("This optimizer is sharded or offloaded, and has no copies. Save it with fused_kopt.distributed.save.")
         own = {"_multipliers": list(self._multipliers.values())}
-        return {k: v for k, v in self.__dict__.items() if k not in _OWN} | own
+        return {k: v for k, v in self.__dict__.items() if k not in _PROCESS} | own
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)

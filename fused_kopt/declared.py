@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fused_kopt import hyperparameters
+from fused_kopt import hyperparameters, options
 from fused_kopt.execute import Rule, Update
 from fused_kopt.hyperparameters import Step
 from fused_kopt.precision import Precision
@@ -44,9 +44,17 @@ class Declared(Stored):
             for multiplier in dict.fromkeys([1.0, *(m for _, m in self._multipliers.values())]):
                 step = Step(count, compute, multiplier)
                 scalars: Any = self.scalars(step)
-                found[multiplier] = policy.extended(scalars._make(map(float, scalars)), count)
+                found[multiplier] = policy.extended(self._averaging(scalars._make(map(float, scalars)), step), count)
                 steps.setdefault(compute, step)
         return found[1.0], {key: found[m] for key, (_, m) in self._multipliers.items()}
+
+    def _averaging(self, scalars: Any, step: Step) -> Any:
+        """The scalars, with those of the average."""
+        if self.ema_momentum is None:
+            return scalars
+        momentum = step.number(self.ema_momentum)
+        kind: Any = type(scalars)
+        return options.extended(kind, "average", "one_minus_average")(*scalars, float(momentum), float(1 - momentum))
 
     def _scalars_of(self, updates: Sequence[Update], steps: dict[torch.dtype, Step]) -> Callable[[Update], Scalars]:
         """A function that gives an update's scalars in this step."""

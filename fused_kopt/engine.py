@@ -16,7 +16,6 @@ from fused_kopt.hyperparameters import Step
 from fused_kopt.planned import Planned
 from fused_kopt.recording import Sums
 from fused_kopt.repeat import Repeat
-from fused_kopt.repeats import flattened
 from fused_kopt.replays import Replays, capturing
 from fused_kopt.stages import Stage
 
@@ -92,7 +91,7 @@ class Engine(Planned):
     def _local(self, given: Any, aggregated: bool) -> Tensor | None:
         if isinstance(given, Flat):
             return self._apply_flat(given, aggregated)
-        pairs, tensors = flattened(given)
+        pairs, tensors = gradients.flattened(given)
         done = self._again(tensors, aggregated) if tensors else None
         return self._apply_pairs(pairs, aggregated) if done is None else done
 

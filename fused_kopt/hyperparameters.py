@@ -31,6 +31,7 @@ class Options(TypedDict, total=False):
     verify_every: int
     precision: Any
     stats_every: int
+    ema_momentum: float | None
 
 
 _NOT_NEGATIVE = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay")
@@ -48,8 +49,9 @@ def check_options(options: Mapping[str, Any]) -> None:
             warnings.warn("The `lr` argument is deprecated, use `learning_rate` instead.", UserWarning, stacklevel=4)
     if options.get("executor", "auto") not in EXECUTORS:
         raise ValueError(f"`executor` must be one of {EXECUTORS}. Received: executor={options['executor']!r}.")
-    every = options.get("verify_every", 0)
-    if not isinstance(every, int) or every < 0:
+    if (momentum := options.get("ema_momentum")) is not None and not (isinstance(momentum, NUMBER) and 0 <= momentum <= 1):
+        raise ValueError(f"`ema_momentum` must be a number in [0, 1], or None. Received: ema_momentum={momentum!r}.")
+    if not isinstance(every := options.get("verify_every", 0), int) or every < 0:
         raise ValueError(f"`verify_every` must be an int >= 0 (0: never). Received: verify_every={every!r}.")
 
 

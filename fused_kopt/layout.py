@@ -20,6 +20,10 @@ class Segment(NamedTuple):
     offset: int  # first element in every flat buffer of the bucket
     number: int | None = None  # of the first element, among those that random bits are made for; None: the offset
 
+    def of(self, flat: Tensor) -> Tensor:
+        """Its place in a flat buffer."""
+        return flat.as_strided(self.shape, self.stride, int(flat.storage_offset()) + self.offset)
+
     @property
     def first(self) -> int:
         """The number of the first element, which the others follow."""

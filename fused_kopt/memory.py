@@ -104,7 +104,7 @@ def estimate_memory(
     variables = list({id(v): v for v in [_variable(item, i) for i, item in enumerate(model_or_shapes)]}.values())
     pairs = [(_gradient(v, gradient_dtype), v) for v in variables]
     optimizer._check_precision(pairs)
-    how = planes.owned(optimizer._state, optimizer.slot_groups())
+    how = planes.owned(optimizer._state, optimizer._all_slots())
     found = description.describe(optimizer._name, pairs, how, optimizer.executor, optimizer._clipping())
     members = planes.members(pairs, how)
     work = [_Work(optimizer, kept, mine, bucket) for (kept, mine), bucket in zip(members, found.buckets, strict=True)]

@@ -13,7 +13,7 @@ from fused_kopt.engine import Engine
 from fused_kopt.execute import Executor
 from fused_kopt.flat import Flat
 from fused_kopt.recording import StepStats
-from fused_kopt.repeats import Repeats, flattened
+from fused_kopt.repeats import Repeats
 from fused_kopt.replays import Replays
 
 
@@ -35,6 +35,8 @@ class Optimizer(Engine):
         verify_every: every so many steps, run the step on copies through the reference as well and raise
             FusedMismatchError on any difference, before anything is written. Default 0: never.
         stats_every: every so many steps, the launch adds up what `last_stats` returns. Default 0: never.
+        ema_momentum: in [0, 1]; the launch keeps an exponential average of every variable as its last slot, `average`, which
+            starts as a copy of the variable and is `finalize_variable_values`'s. Default None: no average.
 
     Raises TypeError for unknown options, ValueError for negative or contradictory ones. Steps of several threads queue.
     """
@@ -114,7 +116,7 @@ class Optimizer(Engine):
         if steps < 1:
             raise ValueError(f"`steps` must be at least 1. Received: steps={steps}.")
         with self._one_step():
-            given = grads_and_vars if isinstance(grads_and_vars, Flat) else flattened(grads_and_vars)[1]
+            given = grads_and_vars if isinstance(grads_and_vars, Flat) else gradients.flattened(grads_and_vars)[1]
             repeat = self._known(given, aggregated=True)
             if repeat is None:
                 raise RuntimeError(
@@ -184,7 +186,7 @@ class Optimizer(Engine):
             given = [(v.detach() if v.grad is None else v.grad, v) if isinstance(v, Tensor) else v for v in grads_and_vars]
             pairs = gradients.check([(g, v) for g, v in given if g is not None])
             self._check_precision(pairs)
-            kept = planes.owned(self._state, self.slot_groups())
+            kept = planes.owned(self._state, self._all_slots())
             return description.describe(self._name, pairs, kept, self._executor, self._clipping())
 
     @property

@@ -69,7 +69,7 @@ class Planned(Declared):
         hyperparameters.create(self)
         _, dtype, policy, _ = key
         scalars, own = self._scalars((layout.compute_dtype(dtype), policy), steps)
-        planes = policy.planes(dtype, self.slot_groups())
+        planes = policy.planes(dtype, self._all_slots())
         rule = self._stored_rule(dtype, policy)
         return Recipe(planes, rule, self.sparse_rule, self.sparse_rows, scalars, self.exact, own)
 
@@ -77,4 +77,4 @@ class Planned(Declared):
         """Create what the first step creates: hyperparameters, iterations, slots."""
         weights = self._new_weights(variables)
         hyperparameters.create(self)
-        self._state.ensure(variables, self.slot_groups(), weights, counted=True)
+        self._state.ensure(variables, self._all_slots(), weights, counted=True)

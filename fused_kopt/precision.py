@@ -71,7 +71,9 @@ class Precision:
 
     def format(self, slot: Slot) -> str:
         """How a slot of a 16- or 32-bit variable is stored."""
-        return self.slots if isinstance(self.slots, str) else dict(self.slots).get(slot.name, "float32")
+        if isinstance(self.slots, str):
+            return "float32" if slot.copied else self.slots
+        return dict(self.slots).get(slot.name, "float32")
 
     def check(self, dtype: torch.dtype, slots: Sequence[Slot], what: str) -> None:
         """Raises ValueError where the policy has no meaning for a variable of `dtype` with these slots. what: the variable's name."""

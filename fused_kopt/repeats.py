@@ -1,7 +1,5 @@
 """Which steps can be repeated: the last few are kept, and found again by their tensors or by their Flat."""
 
-import itertools
-import types
 from collections.abc import Sequence
 from operator import is_
 from typing import Any, NamedTuple
@@ -29,24 +27,6 @@ class Known(NamedTuple):
     """A buffer as one segment, where the slots lie in the same order."""
     addresses: list[int]
     """Of the gradients; another list once `each` has served others."""
-
-
-def flattened(pairs: Any) -> tuple[Any, list[Any]]:
-    """The pairs, to be read once more, and gradients and variables in turn; an empty list of anything but an ordered iterable of pairs.
-
-    5,000 tuples cost 2 ms, most of it the garbage collector's; zip makes one and uses it again.
-    """
-    if isinstance(pairs, (tuple, map, filter, types.GeneratorType)):
-        pairs = list(pairs)
-    if isinstance(pairs, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
-        return pairs, list(itertools.chain.from_iterable(pairs))
-    if isinstance(pairs, zip):
-        first = list(itertools.islice(pairs, 1))
-        if not first or len(first[0]) != 2:
-            return itertools.chain(first, pairs), []
-        flat = [*first[0], *itertools.chain.from_iterable(pairs)]
-        return zip(flat[::2], flat[1::2], strict=True), flat
-    return pairs, []
 
 
 class Repeats:

@@ -21,6 +21,8 @@ class Slot(NamedTuple):
     """None: the bucket's compute dtype."""
     group: int = 1
     """How many elements share one value."""
+    copied: bool = False
+    """Whether it starts as a copy of the variable. Policies store such a slot in the compute dtype, unless they name it."""
 
     def shape(self, variable: Tensor) -> tuple[int, ...]:
         """Of a variable's part: its own shape, or one value for each group of elements."""
@@ -29,6 +31,9 @@ class Slot(NamedTuple):
 
 # What a launch counts and does not store: where an element is among those of its bucket.
 POSITION = Slot("position", stored=torch.int32, group=0)
+
+# The last slot where `ema_momentum` is set.
+AVERAGE = Slot("average", copied=True)
 
 # Slots of one group are created together, hence interleaved per variable (Ftrl); groups follow one another.
 SlotGroups = tuple[tuple[Slot, ...], ...]

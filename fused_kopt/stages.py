@@ -3,6 +3,7 @@ describe their steps to each other."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from operator import is_
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,6 +40,9 @@ class Stage(Protocol):
     def leave(self) -> None:
         """All launches are under way."""
 
+    def publish(self) -> None:
+        """What the optimizer's pieces hold goes to the caller's variables, outside a step."""
+
     def settle(self, owner: Any, variables: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the optimizer keeps slots for in place of these variables (`Optimizer.build`)."""
 
@@ -62,6 +66,8 @@ class Seen:
         if owner is not None:
             owner._check_known([(g, v) for g, v in zip(self.gradients, self.variables, strict=True) if g is not None])
         self.codes = agreement.codes(self.gradients)
+        self._absent = [g is None for g in self.gradients]
+        self._whole = not any(self._absent)
         self.facts = facts(owner, self.variables)
         self.plan = agreement.hashed(self.facts)
         self._settings = None if owner is None else owner._repeats  # made anew where policies or multipliers change
@@ -69,18 +75,15 @@ class Seen:
         layouts: Any = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
         self._guards = TensorGuards(*tensors, dynamic_dims_sizes=layouts[0], dynamic_dims_strides=layouts[1])
 
-    def again(self, owner: Any, given: Sequence[tuple[Any, Any]]) -> bool:
-        """Whether these pairs are like those; if so, `gradients` are theirs."""
-        if len(given) != len(self.variables) or (owner is not None and owner._repeats is not self._settings):
+    def again(self, owner: Any, found: Sequence[Any], variables: Sequence[Any]) -> bool:
+        """Whether these gradients and variables are like those; if so, `gradients` are these."""
+        if len(variables) != len(self.variables) or (owner is not None and owner._repeats is not self._settings):
             return False
-        if any(v is not mine for (_, v), mine in zip(given, self.variables, strict=True)):
+        if not all(map(is_, variables, self.variables)) or [g is None for g in found] != self._absent:
             return False
-        found = [g for g, _ in given]
-        if [g is None for g in found] != [g is None for g in self.gradients]:
+        if not self._guards.check(*(found if self._whole else [g for g in found if g is not None]), *variables):
             return False
-        if not self._guards.check(*(g for g in found if g is not None), *self.variables):
-            return False
-        self.gradients = found
+        self.gradients = list(found)
         return True
 
 
@@ -91,6 +94,14 @@ def _refuse_sparse(given: Sequence[Tensor | None]) -> None:
                 f"Gradient {position} is sparse ({gradient.layout}), which cannot be aggregated in a flat buffer. "
                 "Reduce it yourself and pass experimental_aggregate_gradients=False."
             )
+
+
+def look(owner: Any, given: Any, before: Seen | None) -> Seen:
+    """A look at pairs: the one before where it holds for them too. Raises what `Seen` raises, TypeError for anything but pairs."""
+    pairs, flat = gradients.flattened(given)
+    if before is not None and flat and before.again(owner, flat[::2], flat[1::2]):
+        return before
+    return Seen(owner, gradients.listed(pairs))
 
 
 def claim(owner: Any, seen: Seen, values: Callable[[], list[tuple[str, Tensor]]], compare: bool) -> Claim:

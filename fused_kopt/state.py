@@ -89,8 +89,8 @@ class State:
                 if bucket.views[slot.name][index] is None:
                     made.append((bucket, slot.name, index))
                     view = bucket.view(slot.name, index)
-                    if slot.initial:  # add_slot may have made the buffer, of zeros
-                        view.fill_(slot.initial)
+                    if slot.copied or slot.initial:  # add_slot may have made the buffer, of zeros
+                        view.copy_(variable.detach() if slot.copied else torch.tensor(slot.initial))
                     self.weights.append(view)
         except BaseException:  # Ctrl-C too: half-made slots would be taken for whole ones
             for bucket, name, index in made:

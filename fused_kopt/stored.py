@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fused_kopt import gradients, precision, slots, state
+from fused_kopt import gradients, options, precision, slots, state
 from fused_kopt.contract import Contract
 from fused_kopt.errors import StaleVariableError
 from fused_kopt.execute import Rule
 from fused_kopt.precision import Precision
 from fused_kopt.repeats import Repeats
-from fused_kopt.slots import Slot
+from fused_kopt.slots import AVERAGE, Slot, SlotGroups
 
 
 class Stored(Contract):
@@ -21,6 +21,25 @@ class Stored(Contract):
     @abstractmethod
     def rule(self) -> Rule:
         """The update rule of this configuration: a module-level function."""
+
+    def _all_slots(self) -> SlotGroups:
+        """The slots, and the average if there is one."""
+        return self.slot_groups() if self.ema_momentum is None else (*self.slot_groups(), (AVERAGE,))
+
+    def finalize_variable_values(self, var_list: Iterable[Tensor]) -> None:
+        """Give variables the values of their averages, as after the last step of training. Sharded: every rank must call it.
+
+        Source: Keras's method of the same name. Raises ValueError without `ema_momentum`, KeyError for a variable without slots.
+        """
+        if self.ema_momentum is None:
+            raise ValueError("There are no averages. Construct the optimizer with ema_momentum=0.99, or another momentum in [0, 1].")
+        with self._lock, torch.no_grad():
+            # of a sharded variable there may be nothing here
+            mine = [v for v in map(self._kept_for, var_list) if not self._stages or self._state.built_as(v) is not None]
+            for variable, average in [(v, self.get_slot(v, AVERAGE.name)) for v in mine]:
+                variable.copy_(average)
+            for stage in reversed(self._stages):
+                stage.publish()
 
     def _kept_for(self, variable: Tensor) -> Tensor:
         """What has slots in place of a caller's variable."""
@@ -55,7 +74,7 @@ class Stored(Contract):
     def _read(self, var: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         bucket = self._state.bucket(var)
         parts = {name: view for name, views in bucket.views.items() if (view := views[bucket.index[id(var)]]) is not None}
-        return bucket.policy.read(self.slot_groups(), var, parts)  # type: ignore[no-any-return]
+        return bucket.policy.read(self._all_slots(), var, parts)  # type: ignore[no-any-return]
 
     def set_precision(self, variables: Iterable[Tensor], policy: str | Precision) -> None:
         """Give some variables a precision policy of their own: a name, or a `fused_kopt.Precision`. They are then a bucket of their own.
@@ -64,7 +83,7 @@ class Stored(Contract):
         """
         wanted, given = precision.get(policy), list(variables)
         for position, variable in enumerate(given):
-            wanted.check(variable.dtype, slots.flatten(self.slot_groups()), f"variable {position} {tuple(variable.shape)}")
+            wanted.check(variable.dtype, slots.flatten(self._all_slots()), f"variable {position} {tuple(variable.shape)}")
             if self._state.built_as(self._kept_for(variable)) is not None:
                 raise ValueError(
                     f"Variable {position} {tuple(variable.shape)} has slots already. Call set_precision() before its first step."
@@ -93,12 +112,15 @@ class Stored(Contract):
         """Raises ValueError for a policy without meaning for a variable, TypeError for a sparse gradient that it cannot serve."""
         for position, (gradient, variable) in enumerate(pairs):
             policy, what = self._state.key(variable)[2], gradients.name(variable, position)
-            policy.check(variable.dtype, slots.flatten(self.slot_groups()), what)
-            if gradient.layout != torch.strided and policy.groups(variable.dtype, self.slot_groups()) != self.slot_groups():
+            policy.check(variable.dtype, slots.flatten(self._all_slots()), what)
+            if gradient.layout != torch.strided and policy.groups(variable.dtype, self._all_slots()) != self._all_slots():
                 raise TypeError(
                     f"The gradient of {what} is sparse, which {policy} does not serve. Use precision='float32' for this variable."
                 )
+            if gradient.layout != torch.strided and self.ema_momentum is not None:
+                raise TypeError(f"The gradient of {what} is sparse, and an average moves all rows. Use Embedding(sparse=False).")
 
     def _stored_rule(self, dtype: torch.dtype, policy: Precision) -> Rule:
         """The rule on what a policy stores."""
-        return policy.rule(dtype, slots.flatten(self.slot_groups()), self.rule())
+        rule = self.rule() if self.ema_momentum is None else options.around(options.averaged, self.rule())
+        return policy.rule(dtype, slots.flatten(self._all_slots()), rule)

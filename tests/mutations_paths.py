@@ -87,7 +87,6 @@ REPEAT = (
         ("copies repeated", "learn", "any(launch.finish for launch in launches)", "False"),
         ("copied gradients repeated", "learn", " or g.data_ptr() not in borrowed", ""),
         ("repeats without an end", "learn", "others[: KEPT - 1]", "others"),
-        ("a zip is read twice", "flattened", "return zip(flat[::2], flat[1::2], strict=True), flat", "return pairs, flat"),
         ("another Flat's launches", "of", "self._flat.flat is not flat or ", ""),
         ("a Flat that is not whole", "of", " or not flat.whole()", ""),
         ("a Flat's slots may move", "of", " and self._flat.each.stays()", ""),
@@ -103,6 +102,11 @@ REPEAT = (
         ("aggregated once", "_known", " or reduced", ""),
         ("torn repeats forgotten", "_again", "self._torn = True", "pass"),
         ("factors of an earlier step", "_again", "repeat.clip(self._clipping(), self._guard)", "pass"),
+    ),
+    *group(
+        REPEATED,
+        "fused_kopt/gradients.py",
+        ("a zip is read twice", "flattened", "return zip(flat[::2], flat[1::2], strict=True), flat", "return pairs, flat"),
     ),
     *group("test_flat.py", "fused_kopt/aggregate.py", ("collectives of what is there", "enter", "flat.gather()", "pass")),
 )

@@ -33,7 +33,7 @@ REPORTS = (
         "fused_kopt/planes.py",
         ("every element has its scale", "moved", " // plane.group", ""),
         ("padding that is used", "of", "(whole - used)", "whole"),
-        ("one bucket for all policies", "owned", "names, policy.planes(variable.dtype, groups), policy)", "names, (), None)"),
+        ("one bucket for all policies", "owned", "names, policy.planes(variable.dtype, groups), policy, part)", "names, (), None)"),
     ),
     *group(
         "test_memory.py -k 'not process'",

@@ -28,6 +28,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("adam", "float32", {"clipnorm": 0.3}),
     ("adam", "float32", {"global_clipnorm": 0.3}),
     ("adam", "float32", {"clipvalue": 0.1}),
+    ("adam", "bf16_split", {"ema_momentum": 0.75}),
     *(("adam", name, {}) for name in ("bf16_master", "bf16_split", "bf16_kahan", "bf16_stochastic", "bf16_8bit")),
     ("rmsprop", "bf16_8bit", {"global_clipnorm": 0.3}),
     ("sgd", "bf16_stochastic", {}),
@@ -79,10 +80,12 @@ def train(
     optimizer.scale_learning_rate([mine[4]], 0.5)
     for step in range(STEPS):
         optimizer.apply_gradients(list(zip(given(step, dtype), mine, strict=True)), experimental_aggregate_gradients=aggregated)
-    names = [slot.name for slot in slots.flatten(optimizer.slot_groups())]
+    names = [slot.name for slot in slots.flatten(optimizer._all_slots())]
     found = [full_slot(optimizer, v, name) if part else optimizer.get_slot(v, name) for v in mine for name in names]
     stats = optimizer.last_stats()
     assert stats is not None
+    if options.get("ema_momentum"):
+        optimizer.finalize_variable_values(mine)
     return [*map(support.bits, [*mine, *(slot.float() for slot in found)]), stats]
 
 

@@ -116,7 +116,7 @@ def agreeing(checkpoint: Checkpoint, variables: Order | None) -> list[str]:
 
 def _places(optimizer: Optimizer, names: Sequence[str]) -> list[Place]:
     extra = [Place("", "cache")] if type(optimizer).__name__ == "Nadam" else []
-    return [Place("", ITERATIONS), *extra, *_slot_places(optimizer.slot_groups(), names)]
+    return [Place("", ITERATIONS), *extra, *_slot_places(optimizer._all_slots(), names)]
 
 
 def _slot_places(groups: SlotGroups, names: Sequence[str]) -> list[Place]:

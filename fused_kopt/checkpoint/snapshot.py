@@ -187,7 +187,7 @@ def _schema(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tenso
 def _planned(optimizer: Optimizer, variable: Tensor) -> dict[str, Tensor]:
     """The slots that a variable will get, or the parts that its precision policy stores them in; on the meta device."""
     place = optimizer._state.bucket(variable)
-    parts = slots.flatten(place.policy.groups(variable.dtype, optimizer.slot_groups()))
+    parts = slots.flatten(place.policy.groups(variable.dtype, optimizer._all_slots()))
     return {part.name: torch.empty(part.shape(variable), dtype=part.stored or place.compute, device="meta") for part in parts}
 
 

@@ -26,6 +26,11 @@ class Backward:
         self._waits: list[Wait] = []
         self.paused = False
 
+    @property
+    def hooked(self) -> bool:
+        """Whether there are hooks."""
+        return bool(self._parts)
+
     def hook(self, variables: Iterable[Tensor]) -> list[Any]:
         """Handles of the variables' hooks. Raises ValueError where variables of one part would come in different ways."""
         mine = {id(variable): variable for variable in variables}

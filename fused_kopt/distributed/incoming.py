@@ -44,6 +44,7 @@ class Incoming:
         self.done = False
         self._low, self._group, self._pool = rank * part.share, group, pool
         self._sums: dict[torch.dtype, Tensor] = {}
+        self._views: dict[int, list[Tensor]] = {}  # by a buffer's address
         self._filling: Tensor | None = None  # the buffer that backward fills
         self._arrived: dict[int, bool] = {}  # by position: whether there is a gradient
 
@@ -64,7 +65,9 @@ class Incoming:
         return self._sums[self.kind]
 
     def _places(self, buffer: Tensor) -> list[Tensor]:
-        return [partition.place(buffer, segment) for segment in self.part.segments]
+        if buffer.data_ptr() not in self._views:
+            self._views[buffer.data_ptr()] = [segment.of(buffer) for segment in self.part.segments]
+        return self._views[buffer.data_ptr()]
 
     @torch.no_grad()
     def reduce(self, gradients: Sequence[Tensor | None]) -> Wait:
@@ -109,7 +112,7 @@ class Incoming:
             self.kind = self.part.flat.dtype
             self._filling = self._pool.borrow(len(self.part.flat), self.kind, self.part.flat.device)
         self._arrived[index] = gradient is not None
-        fill([partition.place(self._filling, self.part.segments[index])], [gradient])
+        fill([self._places(self._filling)[index]], [gradient])
         return len(self._arrived) == len(self.part.segments)
 
     def send(self) -> Wait:

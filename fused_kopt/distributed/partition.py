@@ -10,6 +10,7 @@ from torch import Tensor
 from fused_kopt import gradients, layout, tensors
 from fused_kopt.layout import ALIGNMENT, Segment
 
+_data_ptr = Tensor.data_ptr
 logger = logging.getLogger("fused_kopt")
 
 
@@ -39,7 +40,7 @@ class Part:
         with torch.no_grad():
             self.flat = torch.zeros(self.share * ranks, dtype=like.dtype, device=like.device)
             for variable, segment in zip(variables, self.segments, strict=True):
-                variable.data = place(self.flat, segment).copy_(variable)
+                variable.data = segment.of(self.flat).copy_(variable)
         self._addresses = [variable.data_ptr() for variable in variables]
 
     def of(self, rank: int) -> list[Share]:
@@ -50,23 +51,20 @@ class Part:
 
     def bring_back(self) -> None:
         """Variables that were moved out of the buffer (`.data =`, `.to()`) bring their new values and return."""
+        if list(map(_data_ptr, self.variables)) == self._addresses:
+            return
         for variable, segment, address in zip(self.variables, self.segments, self._addresses, strict=True):
             if variable.data_ptr() != address:
                 if tuple(variable.shape) != segment.shape or variable.dtype != self.flat.dtype or variable.device != self.flat.device:
                     raise ValueError(f"A sharded variable became {tensors.describe(variable)}. Shard a new optimizer for it.")
                 logger.warning("A sharded variable of shape %s was moved: its value is copied back into its flat buffer.", segment.shape)
                 with torch.no_grad():
-                    variable.data = place(self.flat, segment).copy_(variable)
+                    variable.data = segment.of(self.flat).copy_(variable)
 
 
 def share(elements: int, ranks: int) -> int:
     """The elements of a buffer that each rank owns, padding included."""
     return -(-elements // (ranks * ALIGNMENT)) * ALIGNMENT
-
-
-def place(flat: Tensor, segment: Segment) -> Tensor:
-    """A segment of a flat buffer in its variable's shape and strides."""
-    return flat.as_strided(segment.shape, segment.stride, int(flat.storage_offset()) + segment.offset)
 
 
 def runs(variables: Sequence[Tensor], part_bytes: int) -> list[list[Tensor]]:

@@ -9,7 +9,6 @@ from torch import Tensor
 from fused_kopt import collectives, layout, slots, tape
 from fused_kopt.aggregate import AllReduce
 from fused_kopt.collectives import Group
-from fused_kopt.distributed import partition
 from fused_kopt.distributed.backward import ReduceInBackward
 from fused_kopt.distributed.shards import Shards
 from fused_kopt.mixed_precision import LossScaleOptimizer
@@ -82,7 +81,7 @@ def full_slot(optimizer: Any, variable: Tensor, name: str) -> Tensor:
     """
     owner, stage = stage_of(optimizer, Shards)
     number, index = stage.home.get(id(variable), (-1, 0))
-    if number < 0 or id(variable) not in stage._numbered or name not in [s.name for s in slots.flatten(owner.slot_groups())]:
+    if number < 0 or id(variable) not in stage._numbered or name not in [s.name for s in slots.flatten(owner._all_slots())]:
         raise KeyError(f"No slot {name!r} for this variable {tuple(variable.shape)}. Slots: {owner.get_slot_names()}.")
     part, (piece, start, end) = stage.parts[number], stage.own[id(variable)]
     whole = torch.zeros(len(part.flat), dtype=layout.compute_dtype(variable.dtype), device=variable.device)
@@ -91,7 +90,7 @@ def full_slot(optimizer: Any, variable: Tensor, name: str) -> Tensor:
     if piece is not None:
         whole[at + start : at + end] = owner.get_slot(piece, name)
     collectives.gather(whole, mine, stage.settings.group)()
-    return layout.clone(partition.place(whole, part.segments[index]), part.segments[index].stride)
+    return layout.clone(part.segments[index].of(whole), part.segments[index].stride)
 
 
 def reduce_in_backward(optimizer: Any, variables: Iterable[Tensor]) -> ReduceInBackward:

@@ -53,29 +53,32 @@ class Shards:
             raise ValueError("A sharded optimizer has flat buffers of its own. Call restore() on the Flat, and pass pairs.")
         if aggregated and not isinstance(owner._aggregator, AllReduce):
             given, aggregated = owner._aggregator(given), False
-        pairs = gradients.listed(given)
-        self.backward.flush({id(v): g for g, v in pairs if g is not None})
-        seen = self._look(owner, pairs)
+        if self.backward.hooked:
+            given = gradients.listed(given)
+            self.backward.flush({id(v): g for g, v in given if g is not None})
+        seen = self._look(owner, given)
         codes = self._agreement.agree(self._claim(owner, seen, aggregated))
         self._agreed = seen.plan
         if not seen.variables:
             return []
         gradients.say_missing([not code for code in codes], seen.variables)
-        self._settle(owner, seen.variables)
+        if self._present[0] == b"":
+            self._settle(owner, seen.variables)
         for part in self.parts:
             part.bring_back()
         return self._divide(owner, seen, codes, aggregated)
 
-    def _look(self, owner: Any, pairs: list[tuple[Any, Any]]) -> Seen:
-        if self._seen is None or not self._seen.again(owner, pairs):
+    def _look(self, owner: Any, given: Any) -> Seen:
+        seen = stages.look(owner, given, self._seen)
+        if seen is not self._seen:
             self._present = (b"", [])
-            self._seen = Seen(owner, pairs)
-            if len({id(v) for v in self._seen.variables}) < len(pairs):
+            if len({id(v) for v in seen.variables}) < len(seen.variables):
                 raise ValueError("A variable is given twice, which a sharded step cannot update in order. Add its gradients up first.")
-            partition.check([v for v in self._seen.variables if id(v) not in self.home])
-            for variable in self._seen.variables:
+            partition.check([v for v in seen.variables if id(v) not in self.home])
+            for variable in seen.variables:
                 self._tell(owner, variable)
-        return self._seen
+        self._seen = seen
+        return seen
 
     def _claim(self, owner: Any, seen: Seen, aggregated: bool) -> Any:
         due = self.settings.check_every and owner._state.steps_taken() % self.settings.check_every == 0
@@ -133,7 +136,7 @@ class Shards:
         key = codes.tobytes()
         if self._present[0] != key:
             self._present = (key, self._pairs(owner, seen, codes))
-        given = {id(v): g for g, v in zip(seen.gradients, seen.variables, strict=True)}
+        given = dict(zip(map(id, seen.variables), seen.gradients, strict=True))
         waits = []
         for incoming in self.incoming:
             if incoming.kind is not None and not incoming.done:
@@ -177,22 +180,30 @@ class Shards:
     def after(self, bucket: Bucket) -> None:
         """See Stage."""
 
-    def _gather(self, end: int) -> None:
-        """Start to gather the parts below `end`, all ranks in this order."""
+    def _gather(self, end: int, changed: bool = True) -> None:
+        """Start to gather the parts below `end`, all ranks in this order. changed: those alone that had gradients."""
         for number in range(end):
             part = self.parts[number]
-            if self.incoming[number].kind is not None and number not in self._waits:
+            if (self.incoming[number].kind is not None or not changed) and number not in self._waits:
                 mine = part.flat[self.rank * part.share :][: part.share]
                 self._waits[number] = collectives.gather(part.flat, mine, self.settings.group)
 
     def leave(self) -> None:
         """See Stage."""
         self._gather(len(self.parts))
+        self._wait()
+        self.backward.reset()
+
+    def publish(self) -> None:
+        """See Stage."""
+        self._gather(len(self.parts), changed=False)
+        self._wait()
+
+    def _wait(self) -> None:
         waits, self._waits = self._waits, {}
         for number, wait in waits.items():
             wait()
             torch.autograd.graph.increment_version(self.parts[number].variables)
-        self.backward.reset()
 
     def settle(self, owner: Any, variables: Sequence[Tensor]) -> Sequence[Tensor]:
         """See Stage. Every rank must call it, with the same variables."""

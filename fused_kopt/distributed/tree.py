@@ -149,7 +149,7 @@ class _Flat:
     def push(self, given: Sequence[Tensor | None], sums: int) -> None:
         """A micro-batch's gradients, and how many sums they complete."""
         buffer = self._buffer()
-        fill([partition.place(buffer, segment) for segment in self._segments], [given[p] for p in self.members])
+        fill([segment.of(buffer) for segment in self._segments], [given[p] for p in self.members])
         self._free += _add(self._stack, buffer, sums)
 
     @torch.no_grad()
@@ -174,7 +174,7 @@ class _Flat:
         whole = self._free[0] if self._free else self._buffer()
         collectives.gather(whole, stack[0], self._group)()
         self._free = [whole]
-        return [partition.place(whole, segment) for segment in self._segments]
+        return [segment.of(whole) for segment in self._segments]
 
 
 def _add(stack: list[Tensor], new: Tensor, sums: int) -> list[Tensor]:
