@@ -209,7 +209,7 @@ def test_parts_are_cut_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert division.parts([100, 1, 100], 1, 1) == [[100], [1], [100]]
     monkeypatch.setattr(division, "SHARD_BYTES", 1000)
     made = job()
-    assert division.runs(made) == [[6400], [64, 300, 7]] and scale.sent(made)[0].messages == 2  # noqa: PT018
+    assert division.runs(made) == [[6400], [64, 300, 7]] and scale.sent(made)[1].messages == 2  # noqa: PT018
     assert division.owned(made) == ceil(6400 / 512) * 64 + ceil((64 + 320 + 64) / 512) * 64
     assert division.own(made) == [(832,), (64,)]
 
@@ -251,11 +251,12 @@ def simulated(topology: Topology, size: int) -> tuple[float, float]:
 @pytest.mark.parametrize("shape", [(1, 2), (1, 8), (2, 1), (2, 4), (5, 3), (16, 1)], ids=str)
 def test_bytes_are_those_of_the_rings(shape: tuple[int, int], ring: machines.Ring) -> None:
     made = job(zero="1", topology=Topology(*shape, ring))
-    reduced, gathered = scale.sent(made)
+    claims, reduced, gathered = scale.sent(made)
+    assert (claims.payload, claims.messages) == (32 * made.topology.ranks, 1)
     assert reduced.payload == gathered.payload == 2 * division.whole(made)
     expected = simulated(made.topology, reduced.payload)
     assert (reduced.link, reduced.network) == pytest.approx(expected)
-    (both,) = scale.sent(job(zero="0", topology=made.topology))
+    _, both = scale.sent(job(zero="0", topology=made.topology))
     assert (both.link + both.network) / both.payload == pytest.approx((reduced.link + reduced.network) / reduced.payload * 2)
     assert sum(both.steps) == 2 * sum(reduced.steps)
 
@@ -285,10 +286,12 @@ def test_times_by_hand() -> None:
     assert found.copies == 2 * 2 * 6771 / 2e9
     payload = 2 * division.whole(made)
     floors = (payload * 0.75 / 10e9, payload * 0.5 / 4 / 1e9, 2 * (1e-6 + 3e-7 + 1e-8))
-    assert all(tuple(floor) == pytest.approx(floors) for floor in found.collectives)
+    claims, *others = found.collectives
+    assert all(tuple(floor) == pytest.approx(floors) for floor in others)
+    assert claims.total == pytest.approx(max(32 * 8 * 0.75 / 10e9, 32 * 8 * 0.5 / 4 / 1e9) + floors[2] / 2)
     whole = max(floors[:2]) + floors[2]
-    assert found.exposed == pytest.approx(whole + max(whole - found.update / 2, whole / 2))
-    assert found.least_exposed == pytest.approx(whole)  # half of each, behind passes that are long enough
+    assert found.exposed == pytest.approx(claims.total + whole + max(whole - found.update / 2, whole / 2))
+    assert found.least_exposed == pytest.approx(claims.total + whole)  # half of each, behind passes that are long enough
     assert found.step == pytest.approx(6 * unit + found.copies + found.update + found.exposed)
 
 
@@ -299,9 +302,10 @@ def test_what_a_pass_is_too_short_for_is_exposed(zero: Zero, now: str) -> None:
     lengths = {"nothing": 0.0, "update": found.update, "backward": found.backward}
     hidden = [lengths[name] / 2 for name in now.split()]
     assert found.exposed == pytest.approx(sum(floor.total for floor in found.collectives) - sum(hidden))
-    messages = scale.sent(job(zero=zero))[0].messages
+    claims, *others = found.collectives
+    messages = scale.sent(job(zero=zero))[1].messages
     could = [found.backward, found.forward][: len(hidden)]
-    best = sum(floor.total - length * (messages - 1) / messages for floor, length in zip(found.collectives, could, strict=True))
+    best = claims.total + sum(floor.total - length * (messages - 1) / messages for floor, length in zip(others, could, strict=True))
     assert found.least_exposed == pytest.approx(best)
 
 

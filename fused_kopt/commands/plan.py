@@ -145,9 +145,13 @@ TEMPORARIES = {
 def _wire(found: Plan) -> Iterator[Row]:
     for one in found.sent:
         how = f"of {decimal(one.payload)}: links {decimal(int(one.link))}, network {decimal(int(one.network))}"
-        yield one.what, decimal(int(one.link + one.network)), f"{how}; {one.messages:,} messages, each {sum(one.steps):,} steps of the ring"
+        yield one.what, decimal(int(one.link + one.network)), f"{how}; {_messages(one)}, each {sum(one.steps):,} steps of the ring"
     if not found.sent:
         yield "nothing", decimal(0), "one rank"
+
+
+def _messages(one: Sent) -> str:
+    return f"{one.messages:,} message{'s' * (one.messages > 1)}"
 
 
 def _time(found: Plan) -> Iterator[Row]:

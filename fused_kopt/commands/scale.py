@@ -1,5 +1,6 @@
 """The arithmetic of a data-parallel step: bytes that a GPU sends, and the least time that it takes. Starts nothing."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -8,6 +9,9 @@ from fused_kopt.commands.division import Job
 from fused_kopt.commands.machines import Machine, Topology
 
 Behind = Literal["nothing", "update", "backward", "forward"]
+NOTHING: tuple[Behind, Behind] = ("nothing", "nothing")
+PASSES: tuple[Behind, Behind] = ("forward", "backward")
+CLAIM_BYTES = 32  # by which ranks agree on a step: `agreement.Agreement`
 FORWARD, BACKWARD = 2, 4  # operations per parameter and token, 6 in all: Kaplan et al. 2020, section 2.1
 
 
@@ -32,28 +36,30 @@ class Sent(NamedTuple):
 
 
 def sent(job: Job) -> list[Sent]:
-    """The collectives of a step. The small message by which ranks agree on a step is not among them."""
+    """The collectives of a step."""
     if job.topology.ranks == 1:
         return []
-    elements = division.whole(job)
-    gradients, variables = elements * job.gradients.itemsize, elements * job.variables.itemsize
+    gradients, variables = (division.whole(job) * dtype.itemsize for dtype in (job.gradients, job.variables))
+    around = functools.partial(_around, job.topology)
+    claims = around("all-gather of claims", NOTHING, 1, CLAIM_BYTES * job.topology.ranks)
     if job.zero == "0":
         messages = len(division.parts(job.counts, job.gradients.itemsize, division.REDUCE_BYTES))
-        return [_around(Sent("all-reduce of gradients", "nothing", "backward", messages, gradients, 2, 2, (2, 2)), job.topology)]
-    messages = len(job.groups) if job.zero == "fsdp" else len(division.runs(job))
-    during: dict[str, tuple[Behind, Behind]] = {"1": ("nothing", "update"), "2": ("backward", "update"), "fsdp": ("backward", "forward")}
-    reduced, gathered = during[job.zero]
-    found = [
-        Sent("reduce-scatter of gradients", reduced, "backward", messages, gradients, 1, 1, (1, 1)),
-        Sent("all-gather of variables", gathered, "forward", messages, variables, 1, 1, (1, 1)),
-    ]
+        return [claims, around("all-reduce of gradients", ("nothing", "backward"), messages, gradients, 2)]
     if job.zero == "fsdp":
-        found.append(Sent("all-gather of variables", "backward", "backward", messages, variables, 1, 1, (1, 1)))
-    return [_around(one, job.topology) for one in found]
+        messages = len(job.groups)
+        found = [around("all-gather of variables", (behind, behind), messages, variables) for behind in PASSES]
+        return [*found, around("reduce-scatter of gradients", ("backward", "backward"), messages, gradients)]
+    messages = len(division.runs(job))
+    reduced: Behind = "backward" if job.zero == "2" else "nothing"
+    return [
+        claims,
+        around("reduce-scatter of gradients", (reduced, "backward"), messages, gradients),
+        around("all-gather of variables", ("update", "forward"), messages, variables),
+    ]
 
 
-def _around(one: Sent, topology: Topology) -> Sent:
-    """A collective that goes so many times around: twice for an all-reduce, which is a reduce-scatter and an all-gather."""
+def _around(topology: Topology, what: str, behind: tuple[Behind, Behind], messages: int, payload: int, times: int = 1) -> Sent:
+    """One collective. behind: as it is, and at best. times: 2 for an all-reduce, which is a reduce-scatter and an all-gather."""
     nodes, each, ring = topology
     if ring == "hierarchical":
         link, network = (each - 1) / each, (nodes - 1) / nodes / each
@@ -62,8 +68,8 @@ def _around(one: Sent, topology: Topology) -> Sent:
         all_but_one = (nodes * each - 1) / (nodes * each)
         link, network = (all_but_one * (each - 1) / each, all_but_one / each) if nodes > 1 else (all_but_one, 0.0)
         steps = (nodes * each - nodes, nodes - 1)
-    times = one.steps[0]
-    return one._replace(link=times * one.payload * link, network=times * one.payload * network, steps=(times * steps[0], times * steps[1]))
+    bytes_ = times * payload * link, times * payload * network
+    return Sent(what, *behind, messages, payload, *bytes_, (times * steps[0], times * steps[1]))
 
 
 class Floors(NamedTuple):
