@@ -85,7 +85,7 @@ def worker_refuse(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_ranks_sum_and_stay_identical(tmp_path: Path) -> None:
+def test_F16_ranks_sum_and_stay_identical(tmp_path: Path) -> None:
     mp.spawn(worker_sum, args=(str(tmp_path),), nprocs=RANKS)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
     by_hand = train(lambda step: [a + b for a, b in zip(gradients(0, step), gradients(1, step), strict=True)])

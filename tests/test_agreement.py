@@ -234,7 +234,7 @@ def disagree(rank: int, sharded: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_every_disagreement_is_an_error_on_every_rank(tmp_path: Path, sharded: bool) -> None:
+def test_F1_F3_F4_F8_F15_every_disagreement_is_an_error_on_every_rank(tmp_path: Path, sharded: bool) -> None:
     results = ranks.run(disagree, RANKS, tmp_path, sharded)
     for key, (_, text) in MISMATCHES.items():
         said = {result[key][0] for result in results}
@@ -264,7 +264,7 @@ def drift(rank: int) -> list[Any]:
     return found
 
 
-def test_digests_find_one_bit_at_the_next_check(tmp_path: Path) -> None:
+def test_F17_digests_find_one_bit_at_the_next_check(tmp_path: Path) -> None:
     for result in ranks.run(drift, 2, tmp_path):
         (first, variable), (second, slot) = result
         assert first == second == 6
@@ -332,7 +332,7 @@ def patterns(rank: int, seed: int, steps: int, sharded: bool) -> tuple[list[int]
         pytest.param(8, 300, marks=pytest.mark.slow),
     ],
 )
-def test_random_absences_orders_and_sizes_never_divide_the_ranks(tmp_path: Path, world: int, steps: int, sharded: bool) -> None:
+def test_F2_random_absences_orders_and_sizes_never_divide_the_ranks(tmp_path: Path, world: int, steps: int, sharded: bool) -> None:
     """0 divergences; 12,000 steps in all with --slow."""
     (digests, values), *others = ranks.run(patterns, world, tmp_path, world, steps, sharded)
     assert len(set(digests)) == steps

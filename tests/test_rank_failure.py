@@ -11,7 +11,7 @@ import pytest
 
 @pytest.mark.parametrize("how", ["replicated", "sharded"])
 @pytest.mark.parametrize(("trials", "seed"), [(2, 1000), pytest.param(100, 0, marks=pytest.mark.slow)])
-def test_survivors_raise_and_have_whole_steps(tmp_path: Path, trials: int, seed: int, how: str) -> None:
+def test_F5_F6_F13_survivors_raise_and_have_whole_steps(tmp_path: Path, trials: int, seed: int, how: str) -> None:
     script = Path(__file__).with_name("failing_ranks.py")
     arguments = [sys.executable, script, str(trials), str(seed), how, tmp_path / "history"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=30 * trials + 120)

@@ -48,7 +48,7 @@ def worker(rank: int) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("world", [2, 3, *(pytest.param(world, marks=pytest.mark.slow) for world in (4, 8, 13))])
-def test_the_number_of_ranks_is_not_in_the_bits(tmp_path: Path, world: int) -> None:
+def test_F11_the_number_of_ranks_is_not_in_the_bits(tmp_path: Path, world: int) -> None:
     logging.disable(logging.WARNING)
     alone = worker(0)
     logging.disable(logging.NOTSET)

@@ -1,0 +1,100 @@
+"""Wrong versions of what ranks agree on, sum, divide and gather."""
+
+from mutations import group
+
+AGREEMENT, SHARDED, TREE, AVERAGE = "test_agreement.py", "test_sharded.py", "test_tree.py", "test_average.py"
+
+RANKS = (
+    *group(
+        AGREEMENT,
+        "fused_kopt/agreement.py",
+        ("plans not compared", "agree", "len({*plans}) > 1 or ", ""),
+        ("hyperparameters not compared", "agree", " or len({*numbers}) > 1", ""),
+        ("values never compared", "agree", "if COMPARE in kinds:", "if False:"),
+        ("errors kept to oneself", "reported", "if self._open:", "if False:"),
+        ("absent on one rank is absent", "_united", "table.max(axis=0)", "table.min(axis=0)"),
+        ("one dtype for another", "_united", "if odd.any():", "if False:"),
+        ("places do not count", "digest", ".mul_(-0x61C8864680B583EB).bitwise_or_(1)", ".fill_(1)"),
+        ("chunks do not count", "digest", "total * 0x5851F42D4C957F2D", "total"),
+        ("even weights", "digest", ".bitwise_or_(1)", ""),
+        ("strides not described", "described", '", strides {stride}"', '""'),
+    ),
+    *group(
+        AGREEMENT,
+        "fused_kopt/stages.py",
+        ("iterations not told", "numbers", "str(owner._state.steps_taken())", '"0"'),
+        ("loss scaling not told", "numbers", "_scaling(owner._guard)", '"none"'),
+        ("policies not told", "facts", 'f", {precision.title(policy)}"', '""'),
+        ("multipliers not told", "facts", 'f", learning rate times {multiplier[1]}"', '""'),
+        ("other variables are the same", "again", "not all(map(is_, variables, self.variables)) or ", ""),
+        ("other gradients are the same", "again", "self.gradients = list(found)", "pass"),
+    ),
+    *group(
+        AGREEMENT,
+        "fused_kopt/aggregate.py",
+        ("slots not compared", "replicas", "return found + [", "return found or ["),
+        ("compared at first only", "_compares", "bool(due) or ", ""),
+        ("places of other variables", "_look", "self._places = {}", "pass"),
+    ),
+    *group(
+        SHARDED,
+        "fused_kopt/distributed/shards.py",
+        ("variables not gathered", "leave", "self._gather(len(self.parts))", "pass"),
+        ("gathered while updated", "before", "self._gather(bucket.part)", "self._gather(bucket.part + 1)"),
+        ("autograd not told", "_wait", "torch.autograd.graph.increment_version(self.parts[number].variables)", "pass"),
+        ("elements numbered by share", "_number", "first + start)", "start)"),
+        ("numbers in order of parts", "_number", "kind = owner._state.key(variable)[:3]", "kind = self.home[id(variable)][0]"),
+        ("multipliers stay with variables", "_tell", "owner._multipliers[id(piece)] = ", "_ = "),
+        ("summed twice", "enter", "given, aggregated = owner._aggregator(given), False", "given = owner._aggregator(given)"),
+        ("moved variables forgotten", "enter", "part.bring_back()", "pass"),
+        ("twice in one step", "_look", "len({id(v) for v in seen.variables}) < len(seen.variables)", "False"),
+        ("nobody counts no step", "_pairs", "if not pairs:", "if False:"),
+    ),
+    *group(
+        SHARDED,
+        "fused_kopt/distributed/squares.py",
+        ("a norm of one's own", "whole", "collectives.reduce(total, self._group)()", "pass"),
+        ("norms of one's own", "whole", "collectives.reduce(every, self._group)()", "pass"),
+        ("stats of one's own", "add", "collectives.reduce(tensor, self._group)()", "pass"),
+    ),
+    *group(
+        SHARDED,
+        "fused_kopt/distributed/incoming.py",
+        ("buffers given back too early", "give_back", "append((buffer, wait))", "append((buffer, None))"),
+        ("two passes in one step", "arrive", "if index in self._arrived:", "if False:"),
+        ("other layouts as they lie", "take", "gradient if same else ", "gradient if True else "),
+    ),
+    *group(
+        SHARDED,
+        "fused_kopt/distributed/backward.py",
+        ("parts in order of arrival", "_arrive", "self._parts[self._sent] in self._full", "self._full"),
+        ("gradients kept", "_arrive", "variable.grad = None", "pass"),
+        ("resting parts not sent", "flush", "self._parts[self._sent :]", "[]"),
+    ),
+    *group(
+        SHARDED,
+        "fused_kopt/distributed/partition.py",
+        ("groups are cut", "share", "ranks * ALIGNMENT)) * ALIGNMENT", "ranks))"),
+        ("padding is somebody's", "of", "min(high, s.offset + s.numel)", "min(high, s.end)"),
+        ("views are moved", "check", " or variable._is_view()", ""),
+    ),
+    *group(
+        TREE,
+        "fused_kopt/distributed/tree.py",
+        ("a running sum", "merged", "found[-1][1] % 2 and ", ""),
+        ("the edge adds up late", "merged", "if alone:", "if False:"),
+        ("absent ones stay absent", "add", "came or g is not None", "g is not None"),
+    ),
+    *group(
+        AVERAGE,
+        "fused_kopt/state.py",
+        ("averages start at zero", "ensure", "variable.detach() if slot.copied else ", ""),
+    ),
+    *group(
+        AVERAGE + " test_sharded.py",
+        "fused_kopt/stored.py",
+        ("averages not sent", "finalize_variable_values", "stage.publish()", "pass"),
+        ("averages of sparse rows", "_check_precision", " and self.ema_momentum is not None", " and False"),
+    ),
+    *group(AVERAGE, "fused_kopt/precision.py", ("averages in eight bits", "format", '"float32" if slot.copied else ', "")),
+)
