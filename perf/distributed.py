@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -69,7 +70,7 @@ def _measure(made: Sequence[Sharer], links: Links, seconds: float) -> dict[str, 
         found[sharer.name]["seconds"] = taken[sharer.name]
     lines = {}
     for kind in {kind: None for kind, _ in links}:
-        points = [(sent, wire.tenth(taken[key])) for key, (sent, _) in links.items() if key[0] == kind]
+        points = [(sent, statistics.mean(taken[key])) for key, (sent, _) in links.items() if key[0] == kind]
         lines[kind] = wire.fitted(points)
     return {"found": found, "lines": lines}
 

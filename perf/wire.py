@@ -61,11 +61,6 @@ def loopback() -> int:
     return next(int(line.split(":")[1].split()[8]) for line in lines if line.strip().startswith("lo:"))
 
 
-def tenth(seconds: Sequence[float]) -> float:
-    """The tenth percentile: what other work on the machine disturbs least, and what plans are compared with."""
-    return sorted(seconds)[len(seconds) // 10]
-
-
 class Line(NamedTuple):
     """A collective's time: seconds of latency, and bytes that a rank sends per second."""
 
