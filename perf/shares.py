@@ -80,14 +80,13 @@ def job(sample: Sampled, ranks: int, zero: Zero) -> Job:
     return Job(model, Topology(1, ranks), fused_kopt.Adam(), zero, torch.float32, torch.float32)
 
 
-def planned(made: Job, backend: str, alone: float, lines: Mapping[str, Line]) -> tuple[int, float]:
+def planned(made: Job, alone: float, lines: Mapping[str, Line]) -> tuple[int, float]:
     """Bytes on the wire and seconds of a step. alone: seconds of a step on two ranks that sum nothing."""
     local = division.update(replace(made, zero="0")).moved
     total, time = 0.0, alone * (division.update(made).moved + scale.copied(made)) / local
     for one in scale.sent(made):
         kind = one.what.split()[0]
-        # gloo reduces whole tensors everywhere, and then keeps a part: its reduce-scatter sends what an all-reduce does
-        total += one.link * (2 if kind == "reduce-scatter" and backend == "gloo" else 1)
+        total += one.link
         time += one.messages * lines[kind].latency + one.link / lines[kind].rate
     return round(total), time
 
@@ -106,7 +105,7 @@ def rows(found: Mapping[str, Any], earlier: Mapping[int, Mapping[str, Any]], set
         if zero is not None and ranks > 1 and 2 in earlier:
             mine = job(setting.sample, ranks, zero)
             alone = statistics.mean(earlier[2]["found"][ALONE]["seconds"])
-            plan = (division.held(mine).state, *planned(mine, setting.backend, alone, earlier[2]["lines"]))
+            plan = (division.held(mine).state, *planned(mine, alone, earlier[2]["lines"]))
         shared = 1 if zero == "0" or name == ALONE else ranks
         made.append(
             Row(

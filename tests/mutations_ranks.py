@@ -32,7 +32,7 @@ RANKS = (
     *group(
         AGREEMENT,
         "fused_kopt/aggregate.py",
-        ("slots not compared", "replicas", "return found + [", "return found or ["),
+        ("slots of ranks not compared", "replicas", "return found + [", "return found or ["),
         ("compared at first only", "_compares", "bool(due) or ", ""),
         ("places of other variables", "_look", "self._places = {}", "pass"),
     ),
@@ -43,7 +43,7 @@ RANKS = (
         ("stats of one's own", "add", "collectives.reduce(tensor, self.settings.group)()", "pass"),
         ("stats before the last parts", "add", "self._gather(len(self.parts))", "pass"),
         ("gathered while updated", "before", "self._gather(bucket.part)", "self._gather(bucket.part + 1)"),
-        ("autograd not told", "_wait", "torch.autograd.graph.increment_version(self.parts[number].variables)", "pass"),
+        ("autograd not told of shards", "_wait", "torch.autograd.graph.increment_version(self.parts[number].variables)", "pass"),
         ("elements numbered by share", "_number", "first + start)", "start)"),
         ("numbers in order of parts", "_number", "kind = owner._state.key(variable)[:3]", "kind = self.home[id(variable)][0]"),
         ("multipliers stay with variables", "_tell", "owner._multipliers[id(piece)] = ", "_ = "),
@@ -69,7 +69,7 @@ RANKS = (
         SHARDED,
         "fused_kopt/distributed/backward.py",
         ("parts in order of arrival", "_arrive", "self._parts[self._sent] in self._full", "self._full"),
-        ("gradients kept", "_arrive", "variable.grad = None", "pass"),
+        ("gradients kept after backward", "_arrive", "variable.grad = None", "pass"),
         ("resting parts not sent", "flush", "self._parts[self._sent :]", "[]"),
     ),
     *group(

@@ -199,8 +199,8 @@ def test_bytes_held_by_hand() -> None:
     own = 13 * 64 + 8 + 4 * 10 + 1  # rows of the first rank
     state = 12 * share, 12 * (13 * 64 + 64 + 64 + 64)
     assert held["0"] == (2 * 6771, 2 * 6771, 12 * (6400 + 64 + 320 + 64), 2 * 6848)
-    assert held["1"] == (2 * 8 * share, 2 * 6771, state[0], 2 * share + 2 * 2 * 8 * share)
-    assert held["2"] == (2 * 8 * share, 2 * share, state[0], 2 * 2 * 8 * share + 2 * 6400)
+    assert held["1"] == (2 * 8 * share, 2 * 6771, state[0], 2 * share + 2 * 8 * share)
+    assert held["2"] == (2 * 8 * share, 2 * share, state[0], 2 * 8 * share + 2 * 6400)
     assert held["fsdp"] == (2 * own, 2 * own, state[1], 2 * (2 + 2) * 6464)
 
 

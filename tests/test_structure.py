@@ -66,7 +66,7 @@ LAYERS = (
     ("distributed.homes",),
     ("distributed.loads",),
     ("distributed.hosting",),
-    ("distributed.offload",),
+    ("distributed.offloaded",),
     ("",),
     ("torch_optim.arguments", "torch_optim.shards"),
     ("torch_optim.members",),

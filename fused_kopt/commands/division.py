@@ -141,7 +141,7 @@ def held(job: Job) -> Held:
     if job.zero == "fsdp":
         largest = max(sum(map(prod, group)) for group in job.groups)
         return Held(owned(job) * v, owned(job) * g, state, 2 * largest * (v + g))
-    passing = 2 * sum({ranks * share(run, ranks) for run in runs(job)}) * g
+    passing = min(2, len(runs(job))) * ranks * max(share(run, ranks) for run in runs(job)) * g
     if job.zero == "1":
         return Held(whole(job) * v, parameters * g, state, owned(job) * g + passing)
     return Held(whole(job) * v, owned(job) * g, state, passing + max(job.counts) * g)

@@ -136,8 +136,8 @@ def _memory(found: Plan) -> Iterator[Row]:
 
 TEMPORARIES = {
     "0": "a copy of the gradients, in which they are summed",
-    "1": "this rank's sums; two buffers of each part's size, through which gradients go",
-    "2": "two buffers of each part's size, through which gradients go; the largest gradient",
+    "1": "this rank's sums; two buffers of the largest part's size, through which gradients go",
+    "2": "two buffers of the largest part's size, through which gradients go; the largest gradient",
     "fsdp": "variables and gradients of the largest layer, twice: one in use, one on its way",
 }
 

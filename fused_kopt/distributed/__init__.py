@@ -3,7 +3,7 @@
 from fused_kopt.aggregate import AllReduce
 from fused_kopt.distributed.elastic import Saving, async_save, load, save
 from fused_kopt.distributed.hosting import OffloadStats
-from fused_kopt.distributed.offload import offload, offload_stats, variables_changed
+from fused_kopt.distributed.offloaded import offload, offload_stats, variables_changed
 from fused_kopt.distributed.sharded import full_slot, reduce_in_backward, shard
 from fused_kopt.distributed.tree import TreeSum
 

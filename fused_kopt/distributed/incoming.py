@@ -13,22 +13,32 @@ from fused_kopt.distributed.partition import Part
 
 
 class Pool:
-    """Buffers that whole gradients pass through: two of a kind, so that one is filled while the other is sent."""
+    """Buffers that whole gradients pass through: two of each dtype, as large as the largest part, one filled while the other is sent."""
 
     def __init__(self) -> None:
-        self._free: dict[tuple[int, torch.dtype, torch.device], list[tuple[Tensor, Wait | None]]] = {}
+        self._largest = self._parts = 0
+        self._free: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Wait]]] = {}
 
-    def borrow(self, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def reserve(self, elements: int) -> None:
+        """There is a part of so many elements."""
+        self._parts += 1
+        if elements > self._largest:
+            self._largest, self._free = elements, {}
+
+    def borrow(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer of zeros or of what passed through it last."""
-        free = self._free.setdefault((elements, dtype, device), [(torch.zeros(0), None)] * 2)
+        free = self._free.setdefault((dtype, device), [])
+        if len(free) < min(2, self._parts):  # in backward more may be under way
+            return torch.zeros(self._largest, dtype=dtype, device=device)
         buffer, wait = free.pop(0)
-        if wait is not None:
-            wait()
-        return buffer if len(buffer) else torch.zeros(elements, dtype=dtype, device=device)
+        wait()
+        return buffer
 
     def give_back(self, buffer: Tensor, wait: Wait) -> None:
         """The buffer may be used again after `wait`."""
-        self._free[len(buffer), buffer.dtype, buffer.device].append((buffer, wait))
+        free = self._free.setdefault((buffer.dtype, buffer.device), [])
+        if len(buffer) == self._largest and len(free) < 2:
+            free.append((buffer, wait))
 
 
 class Incoming:
@@ -45,6 +55,7 @@ class Incoming:
         self._low, self._group, self._pool = rank * part.share, group, pool
         self._sums: dict[torch.dtype, Tensor] = {}
         self._views: dict[int, list[Tensor]] = {}  # by a buffer's address
+        pool.reserve(len(part.flat))
         self._filling: Tensor | None = None  # the buffer that backward fills
         self._arrived: dict[int, bool] = {}  # by position: whether there is a gradient
 
@@ -66,6 +77,8 @@ class Incoming:
 
     def _places(self, buffer: Tensor) -> list[Tensor]:
         if buffer.data_ptr() not in self._views:
+            if len(self._views) == 2:  # the pool has others now
+                self._views.pop(next(iter(self._views)))
             self._views[buffer.data_ptr()] = [segment.of(buffer) for segment in self.part.segments]
         return self._views[buffer.data_ptr()]
 
@@ -73,12 +86,12 @@ class Incoming:
     def reduce(self, gradients: Sequence[Tensor | None]) -> Wait:
         """Sum the gradients over the ranks; None counts as zeros."""
         assert self.kind is not None
-        buffer = self._pool.borrow(len(self.part.flat), self.kind, self.part.flat.device)
+        buffer = self._pool.borrow(self.kind, self.part.flat.device)
         fill(self._places(buffer), gradients)
         return self._send(buffer)
 
     def _send(self, buffer: Tensor) -> Wait:
-        wait = collectives.reduce_scatter(self._share(), buffer, self._group)
+        wait = collectives.reduce_scatter(self._share(), buffer[: len(self.part.flat)], self._group)
         self._pool.give_back(buffer, wait)
         return wait
 
@@ -110,7 +123,7 @@ class Incoming:
             )
         if self._filling is None:
             self.kind = self.part.flat.dtype
-            self._filling = self._pool.borrow(len(self.part.flat), self.kind, self.part.flat.device)
+            self._filling = self._pool.borrow(self.kind, self.part.flat.device)
         self._arrived[index] = gradient is not None
         fill([self._places(self._filling)[index]], [gradient])
         return len(self._arrived) == len(self.part.segments)
