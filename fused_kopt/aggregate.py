@@ -81,6 +81,8 @@ class Places(NamedTuple):
 class Reduction:
     """The stage of an optimizer whose gradients are summed."""
 
+    aggregates = True
+
     def __init__(self, settings: AllReduce) -> None:
         self.settings = settings
         self._agreement = Agreement(settings.group)
@@ -168,7 +170,7 @@ class Reduction:
     def leave(self) -> None:
         """See Stage."""
 
-    def publish(self) -> None:
+    def publish(self, written: Sequence[Tensor]) -> None:
         """See Stage."""
 
     def settle(self, owner: Any, variables: Sequence[Tensor]) -> Sequence[Tensor]:

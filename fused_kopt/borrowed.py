@@ -40,8 +40,8 @@ class Borrowed(NamedTuple):
     which: Any = None
     """int array: which of the step's scalars each variable takes. None: the only one, or its own."""
     positions: Sequence[int] | None = None
-    """Where each variable's elements begin among those that random bits are made for, multiples of 64. None: one variable after
-    another, in buckets. A Borrower that gets the same tensors again expects the same ones."""
+    """Where each variable's elements begin among those that random bits are made for; multiples of 64 where elements share scales.
+    None: one variable after another, in buckets. A Borrower that gets the same tensors again expects the same ones."""
 
 
 class Task(NamedTuple):
@@ -172,7 +172,7 @@ def _launch(bucket: Bucket, members: Sequence[int], entries: Sequence[Entry], gi
     variables = [entries[p].variable for p in members]
     segments = layout.plan(variables)
     if given.positions is not None:
-        segments = [segment._replace(offset=given.positions[p]) for segment, p in zip(segments, members, strict=True)]
+        segments = [segment._replace(number=given.positions[p]) for segment, p in zip(segments, members, strict=True)]
     bucket.adopt(variables, segments, {})
     planes, rule = task.planes(bucket.dtype, len(given.slots)), task.around(bucket.dtype)
     bucket.kinds |= {plane.name: (plane.stored or bucket.stored, plane.group) for plane in planes}

@@ -13,11 +13,14 @@ from rich.console import Console
 import fused_kopt
 from fused_kopt.checkpoint import formats
 from fused_kopt.checkpoint.formats import Hints
-from fused_kopt.commands import convert, demo, doctor, experiment, explain, inspect, precision, tasks, tune, variants, verify
+from fused_kopt.commands import convert, demo, doctor, experiment, explain, inspect, plan, precision, tasks, tune, variants, verify
 from fused_kopt.commands.architectures import ARCHITECTURES
 from fused_kopt.commands.common import RefusedError
+from fused_kopt.commands.machines import MACHINES
+from fused_kopt.commands.models import CATALOGUE
 from fused_kopt.commands.variants import DTYPES, OPTIMIZERS
 from fused_kopt.execute import EXECUTORS
+from fused_kopt.precision import NAMED
 
 _AS_IS = argparse.RawDescriptionHelpFormatter
 EXAMPLES = """examples:
@@ -27,6 +30,7 @@ EXAMPLES = """examples:
   fused-kopt doctor                              what runs on this machine, what is wrong, how to mend it
   fused-kopt explain --optimizer adam            what Adam's kernels are made of
   fused-kopt tune --optimizer adam               the fastest block size and warps on this GPU
+  fused-kopt plan --model llama-3-8b --gpus 64   what each of 64 GPUs holds, sends and waits for
   fused-kopt inspect run.h5                      what is in a checkpoint
   fused-kopt convert run.h5 run.safetensors      an optimizer's state from Keras's file to fused_kopt's
 exit codes: 0 success, 1 a check failed, 2 a wrong or impossible request"""
@@ -43,6 +47,13 @@ def _rate(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a finite number above 0. Received: {text}.")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1]. Received: {text}.")
     return value
 
 
@@ -70,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     about = "Keras optimizers for PyTorch tensors, fused into one Triton launch."
     parser = argparse.ArgumentParser("fused-kopt", description=about, epilog=EXAMPLES, formatter_class=_AS_IS)
     parser.add_argument("--version", action="version", version=f"fused-kopt {fused_kopt.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,precision,verify,doctor,explain,tune,inspect,convert}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{demo,precision,verify,doctor,explain,tune,plan,inspect,convert}"
+    )
     add = functools.partial(commands.add_parser, formatter_class=_AS_IS)
     _demo(add("demo", help="train a small network with all eight optimizers", description=demo.ABOUT))
     _precision(add("precision", help="train under every precision policy, beside float64", description=precision.ABOUT))
@@ -78,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("doctor", help="examine this install: versions, devices, executors", description=doctor.ABOUT)
     _explain(add("explain", help="compile kernels without a GPU and read their machine code", description=explain.ABOUT))
     _tune(add("tune", help="find the fastest launch configuration on this GPU", description=tune.ABOUT))
+    _plan(add("plan", help="memory, bytes on the wire and step time on many GPUs", description=plan.ABOUT))
     _inspect(add("inspect", help="print what is in a checkpoint", description=inspect.ABOUT))
     _convert(add("convert", help="convert an optimizer's state between frameworks", description=convert.ABOUT))
     return parser
@@ -156,6 +170,28 @@ def _tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path(), help=f"directory for {tune.PICTURE} (the current one)", metavar="DIR")
 
 
+def _plan(parser: argparse.ArgumentParser) -> None:
+    add, dtypes = parser.add_argument, tuple(DTYPES)
+    add("--model", required=True, help=f"{', '.join(CATALOGUE)}; a config.json; or parameters, such as 7e9")
+    add("--gpus", type=_positive, default=8, help="in all (%(default)s)", metavar="N")
+    add("--gpus-per-node", type=_positive, default=8, help="joined by links; nodes by a network (%(default)s)", metavar="N")
+    add("--gpu", type=str.lower, choices=MACHINES, default="h100", help="(%(default)s)")
+    add(
+        "--zero", type=str.lower, choices=plan.ZERO, default="1", help="divided: nothing, slots, gradients too, variables too (%(default)s)"
+    )
+    add("--precision", choices=NAMED, default="bf16_split", help="the policy of slots and masters (%(default)s)")
+    add("--variables", choices=dtypes, help="(bfloat16; float32 under --precision float32)")
+    add("--gradients", choices=dtypes, help="(as the variables)")
+    add("--optimizer", type=str.lower, choices=OPTIMIZERS, default="adam", help="(%(default)s)")
+    add("--model-parallel", type=_positive, default=1, help="GPUs that hold one copy of the model together (%(default)s)", metavar="N")
+    add("--tokens", type=_positive, default=plan.TOKENS, help="of a step's batch, for each GPU (%(default)s)", metavar="N")
+    add("--mfu", type=_share, default=plan.MFU, help="the share of the peak that the passes reach (%(default)s)", metavar="SHARE")
+    add("--ring", choices=plan.RINGS, default="hierarchical", help="how collectives go between nodes (%(default)s)")
+    add("--link", type=_rate, help="of a GPU to its node, one way (the GPU's)", metavar="GB/S")
+    add("--network", type=_rate, help="of a GPU to other nodes, one way (the GPU's)", metavar="GB/S")
+    add("--json", action="store_true", dest="as_json", help="print bytes and seconds as JSON")
+
+
 def _kernels(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--optimizer", type=str.lower, choices=OPTIMIZERS, help="only this one (all)")
@@ -172,6 +208,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if a.command == "precision":
         settings = precision.Settings(a.task, a.optimizer, a.policies, a.steps, a.seeds, a.output, a.rows)
         return precision.main(settings, console)
+    if a.command == "plan":
+        return plan.plan(plan.Settings(**{name: value for name, value in vars(a).items() if name != "command"}), console)
     if a.command == "inspect":
         return inspect.inspect(a.file, Hints(optimizer=a.optimizer), console)
     if a.command == "convert":

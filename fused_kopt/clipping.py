@@ -29,6 +29,10 @@ class Across(Protocol):
         `each`, else the sum over everything as its one element.
         """
 
+
+class Everywhere(Across, Protocol):
+    """Where every rank has parts of all variables: adds up what is measured of a step, too."""
+
     def add(self, sums: Sums) -> None:
         """Make a step's sums of this rank those of all."""
 
@@ -93,7 +97,7 @@ class Group:
         return _unscaled(self._fixed(clips)[:1], clips.unscale)[0]
 
     def _fixed(self, clips: Clips) -> Tensor:
-        clips = clips._replace(unscale=None)
+        clips = clips._replace(unscale=None, across=None)  # neither is in a row
         if clips not in self._tables:
             kept = list(self._tables.items())[-1:]  # two: a guard's check knows no clipvalue
             self._tables = dict([*kept, (clips, clips.row(self.compute, self.device).repeat(len(self._counts), 1))])

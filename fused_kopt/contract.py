@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from fused_kopt import hyperparameters, precision, state
 from fused_kopt.aggregate import AllReduce, Reduction
-from fused_kopt.clipping import Across
+from fused_kopt.clipping import Everywhere
 from fused_kopt.execute import Executor
 from fused_kopt.hyperparameters import Hyperparameter, Options
 from fused_kopt.loss_scale import Guard
@@ -68,7 +68,7 @@ class Contract(ABC):
         self._scaled = False  # whether a LossScaleOptimizer is around it
         self._stages: list[Stage] = []
         self._reduction: Reduction | None = None
-        self._across: Across | None = None  # where other ranks have other parts of the variables
+        self._across: Everywhere | None = None  # where other ranks have other parts of the variables
         self._last_rate = 0.0  # the learning rate of the last step
         lr = options.get("lr")
         self.learning_rate = learning_rate if lr is None else lr

@@ -67,11 +67,13 @@ class Engine(Planned):
 
     def _at_work(self, aggregated: bool) -> list[Stage]:
         """What the step goes through; empty where it is this process's own."""
-        if not aggregated or not isinstance(self._aggregator, AllReduce) or not self._aggregator.replicated() or self._stages:
+        if not aggregated or not isinstance(self._aggregator, AllReduce) or not self._aggregator.replicated():
+            return self._stages
+        if any(stage.aggregates for stage in self._stages):
             return self._stages
         if self._reduction is None or self._reduction.settings is not self._aggregator:
             self._reduction = Reduction(self._aggregator)
-        return [self._reduction]
+        return [self._reduction, *self._stages]
 
     def _through(self, stages: Sequence[Stage], given: Any, aggregated: bool) -> Tensor | None:
         with contextlib.ExitStack() as reporting:

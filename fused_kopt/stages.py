@@ -20,7 +20,12 @@ Piece = tuple[Tensor | None, int, int]
 
 
 class Stage(Protocol):
-    """A step's part before and after the launches. `enter` and `leave` are called once per step, in this and in reversed order."""
+    """A step's part before and after the launches. `enter` and `leave` are called once per step, in this and in reversed order.
+
+    Attributes: `aggregates`, whether it sums gradients over ranks where it is asked to.
+    """
+
+    aggregates: bool
 
     def reported(self) -> AbstractContextManager[None]:
         """A block around the step, in which other ranks hear of errors."""
@@ -40,8 +45,8 @@ class Stage(Protocol):
     def leave(self) -> None:
         """All launches are under way."""
 
-    def publish(self) -> None:
-        """What the optimizer's pieces hold goes to the caller's variables, outside a step."""
+    def publish(self, written: Sequence[Tensor]) -> None:
+        """What the optimizer's pieces hold goes to the caller's variables, outside a step. written: those that changed."""
 
     def settle(self, owner: Any, variables: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the optimizer keeps slots for in place of these variables (`Optimizer.build`)."""

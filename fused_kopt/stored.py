@@ -39,7 +39,7 @@ class Stored(Contract):
             for variable, average in [(v, self.get_slot(v, AVERAGE.name)) for v in mine]:
                 variable.copy_(average)
             for stage in reversed(self._stages):
-                stage.publish()
+                stage.publish(mine)
 
     def _kept_for(self, variable: Tensor) -> Tensor:
         """What has slots in place of a caller's variable."""
@@ -57,6 +57,7 @@ class Stored(Contract):
 
         Where a precision policy stores it in parts, a copy of what they stand for; the parts are in `weights`.
         """
+        var = self._kept_for(var)
         slot = self._state.slot(var, slot_name)
         if slot is None:
             raise KeyError(f"No slot {slot_name!r} for this variable {tuple(var.shape)}. Slots: {self.get_slot_names()}.")
@@ -67,6 +68,7 @@ class Stored(Contract):
 
         KeyError before its first step.
         """
+        var = self._kept_for(var)
         if self._state.built_as(var) is None:
             raise KeyError(f"This variable {tuple(var.shape)} has no slots yet. Take a step, or build() first.")
         return self._read(var)[0]
@@ -98,7 +100,7 @@ class Stored(Contract):
         initializer: "zeros", "ones", a number, a tensor or a callable of (shape, dtype=). shape: default the variable's.
         """
         with self._lock, torch.inference_mode(False):
-            return self._state.add_slot(var, Slot(slot_name), shape, initializer)
+            return self._state.add_slot(self._kept_for(var), Slot(slot_name), shape, initializer)
 
     def _check_known(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         for position, (_, variable) in enumerate(pairs):

@@ -106,7 +106,7 @@ def update_bucket(
     addresses = ()
     for i in tl.static_range(SLOTS):
         addresses += (tl.load(row + 3 + i),)
-        together |= addresses[i]
+        together |= addresses[i] if GROUPS[i] > 0 else 0  # a position is counted from, wherever it is
     f = ()
     for i in tl.static_range(5):
         f += (tl.load(factors + 5 * segment + i),)

@@ -5,10 +5,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from perf import precision, rows, tables
+from perf import dtensors, precision, rows, shares, tables
 from perf.rows import ROOT, Row
 
-PAGES = (ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/mixed-precision.md")
+DOCS = ("performance.md", "mixed-precision.md", "plan.md", "hosts/torch.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / page for page in DOCS))
 FIGURES = ROOT / "docs/figures"
 MARKED = re.compile(r"(<!-- perf:([\w-]+) -->\n).*?(<!-- /perf -->)", re.DOTALL)
 
@@ -25,6 +26,8 @@ def build(found: Sequence[Row]) -> dict[str, str]:
         "keras3": tables.per_device(tables.newest(found, keras3=True), tables.keras3),
         "predictions": tables.predictions(cases),
         **precision.build(),
+        **dtensors.build(),
+        **shares.build(shares.FOLDER),
     }
 
 

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -39,6 +40,9 @@ class Provenance:
     keras: str
     copy_gb_per_s: float
     """The best of a plain stream in this run: triad on CPU, copy on a GPU."""
+
+
+P = TypeVar("P", bound=Provenance)
 
 
 @dataclass(frozen=True)
@@ -120,25 +124,31 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def append(folder: Path, rows: Iterable[Row]) -> None:
-    """Add rows to their devices' files. Raises ValueError where a file has other columns."""
-    names = [field.name for field in fields(Row)]
+def append(folder: Path, rows: Iterable[Provenance]) -> None:
+    """Add rows of one kind to their devices' files. Raises ValueError where a file has other columns."""
     for item in rows:
+        names = [field.name for field in fields(item)]
         path = folder / f"{slug(item.device)}.csv"
         new = not path.exists()
         if not new:
             check_header(path, names)
+        folder.mkdir(parents=True, exist_ok=True)
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerows(([names] if new else []) + [list(astuple(item))])
 
 
-def read(path: Path) -> list[Row]:
+def read_as(kind: type[P], path: Path) -> list[P]:
     """The rows of a file, in order."""
-    types = {field.name: {"int": int, "float": float, "str": str}[getattr(field.type, "__name__", "str")] for field in fields(Row)}
+    types = {field.name: {"int": int, "float": float, "str": str}[getattr(field.type, "__name__", "str")] for field in fields(kind)}
     check_header(path, list(types))
     with path.open(newline="", encoding="utf-8") as file:
-        return [Row(**{name: types[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+        return [kind(**{name: types[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+
+
+def read(path: Path) -> list[Row]:
+    """The steps of all providers that a file has, in order."""
+    return read_as(Row, path)
 
 
 def read_all(folder: Path) -> list[Row]:

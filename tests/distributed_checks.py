@@ -1,4 +1,4 @@
-"""What two ranks over gloo check, each against one process without shards, bit for bit. test_host_distributed.py runs this file.
+"""What two or four ranks over gloo check, each against one process without shards, bit for bit. test_host_distributed.py runs this file.
 
 All ranks see the same batches, unless a check says otherwise: the mean of two equal gradients is exact, whatever reduces it.
 """
@@ -27,18 +27,19 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 STEPS = 4
-CHECKS: dict[str, Callable[[], None]] = {}
+CHECKS: dict[int, dict[str, Callable[[], None]]] = {2: {}, 4: {}}
 
 
-def checks(*cases: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a function once per case."""
+def checks(*cases: Any, ranks: int = 2) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a function once per case, for so many ranks."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        CHECKS.update({f"{function.__name__}[{case}]": lambda case=case: function(case) for case in cases})
+        CHECKS[ranks].update({f"{function.__name__}[{case}]": lambda case=case: function(case) for case in cases})
         return function
 
     return register
@@ -59,14 +60,14 @@ def batches(rank: int | None = None) -> list[Tensor]:
 def train(model: Any, optimizer: torch.optim.Optimizer, inputs: list[Tensor]) -> None:
     for x in inputs:
         optimizer.zero_grad()
-        model(x).square().mean().backward()
+        model(x.to(next(model.parameters()).dtype)).square().mean().backward()
         optimizer.step()
 
 
-def alone(name: str, count: int = STEPS) -> tuple[dict[str, Any], dict[str, Any]]:
+def alone(name: str, count: int = STEPS, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Values and optimizer state by parameter name after `count` steps without distribution."""
-    model = network()
-    optimizer = make(name, model.named_parameters())
+    model = network().to(dtype)
+    optimizer = make(name, model.named_parameters(), **options)
     train(model, optimizer, batches()[:count])
     return model.state_dict(), {key: optimizer.state[parameter] for key, parameter in model.named_parameters()}
 
@@ -75,12 +76,16 @@ def whole(tree: Any) -> Any:
     """DTensors in nested dicts as full tensors."""
     if isinstance(tree, dict):
         return {key: whole(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [whole(value) for value in tree]
+    if isinstance(tree, DTensor) and tree.dtype == torch.int16:  # which gloo does not gather
+        return tree.to(torch.int32).full_tensor().to(torch.int16)
     return tree.full_tensor() if isinstance(tree, DTensor) else tree
 
 
-def compare(name: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def compare(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
     """A model whose parameters are DTensors, and the state of its optimizer, against one process."""
-    values, state = alone(name)
+    values, state = alone(name, **options)
     assert_equal(whole(model.state_dict()), values)
     assert_equal(whole({key: optimizer.state[parameter] for key, parameter in model.named_parameters()}), state)
 
@@ -134,8 +139,18 @@ def fsdp1(name: str) -> None:
         assert_equal(model.module.state_dict(), alone(name)[0])
 
 
-def sharded() -> Any:
-    model = network()
+@checks("clipnorm", "global_clipnorm")
+def fsdp1_norms_are_refused(clip: str) -> None:
+    """Its parameters are plain tensors with some elements of the whole ones."""
+    for original in (True, False):
+        model = FullyShardedDataParallel(network(), use_orig_params=original, device_id=torch.device("cpu"))
+        optimizer = make("AdamW", model.parameters(), **{clip: 1.0})
+        with pytest.raises(ValueError, match=r"what FSDP1 made of others.*Use its clip_grad_norm_"):
+            train(model, optimizer, batches()[:1])
+
+
+def sharded(dtype: torch.dtype = torch.float32) -> Any:
+    model = network().to(dtype)
     fully_shard(model[0])
     fully_shard(model)
     return model
@@ -223,13 +238,214 @@ def dcp_makes_state_without_a_step(name: str) -> None:
     compare(name, model, optimizer)
 
 
+# Far below the norms here, so that every step is clipped. Sums of squares are float64, and the few that are added in another order
+# than in one process differ by 1e-16: it takes some 10^8 norms to find one that float32 rounds otherwise.
+LIMITS = {"clipnorm": 0.01, "global_clipnorm": 0.02}
+
+
+@checks(*LIMITS)
+def norms(clip: str) -> None:
+    model, options = sharded(), {clip: LIMITS[clip]}
+    optimizer = make("SGD", model.named_parameters(), **options)
+    train(model, optimizer, batches())
+    compare("SGD", model, optimizer, **options)
+    with pytest.raises(AssertionError):
+        compare("SGD", model, optimizer)
+
+
+@checks("bf16_stochastic")
+def fsdp2_stochastic(policy: str) -> None:
+    """The second rank's first shard begins at the fourth of 5 rows of 7 elements: at position 21."""
+    model, options = sharded(torch.bfloat16), {"precision": policy}
+    optimizer = make("AdamW", model.named_parameters(), **options)
+    train(model, optimizer, batches())
+    compare("AdamW", model, optimizer, dtype=torch.bfloat16, **options)
+
+
+Layout = tuple[list[int], torch.dtype, Any, list[Placement]]
+
+
+def placed(layouts: list[Layout], **options: Any) -> None:
+    """Three steps of parameters of these shapes and dtypes, on these meshes (None: plain tensors), against whole ones."""
+    random = torch.Generator().manual_seed(3)
+
+    def spread(value: Tensor, mesh: Any, placements: list[Placement]) -> Tensor:
+        return value.clone() if mesh is None else distribute_tensor(value, mesh, placements)
+
+    whole_ones = [nn.Parameter(torch.randn(shape, generator=random).to(dtype)) for shape, dtype, *_ in layouts]
+    params = [nn.Parameter(spread(p.detach(), *where)) for p, (_, _, *where) in zip(whole_ones, layouts, strict=True)]
+    optimizer, other = make("AdamW", params, **options), make("AdamW", whole_ones, **options)
+    for step in range(3):
+        for p, w, (_, _, *where) in zip(params, whole_ones, layouts, strict=True):
+            w.grad = torch.randn(w.shape, generator=random).to(w.dtype)
+            p.grad = spread(w.grad, *where)
+        if step == 1:  # all ranks lack it
+            params[1].grad = whole_ones[1].grad = None
+        optimizer.step()
+        other.step()
+    assert_equal(whole(dict(enumerate(params))), dict(enumerate(whole_ones)))
+    assert_equal(*(whole(dict(enumerate(o.state.values()))) for o in (optimizer, other)))
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@checks(*LIMITS)
+def norms_of_a_mixture(clip: str) -> None:
+    """Uneven and empty shards, columns, replicas, plain tensors, two dtypes; replicas of shards."""
+    mesh, rows, replicas = (init_device_mesh("cpu", sizes) for sizes in ((2,), (1, 2), (2, 1)))
+    layouts: list[Layout] = [
+        ([5, 7], F32, mesh, [Shard(0)]),
+        ([3, 4], BF16, mesh, [Shard(1)]),
+        ([6], F32, mesh, [Replicate()]),
+        ([1, 9], BF16, mesh, [Shard(0)]),
+        ([2, 2], F32, None, []),
+        ([5, 2], F32, replicas, [Replicate(), Shard(0)]),
+        ([5, 3], F32, rows, [Shard(0), Shard(0)]),
+        ([4, 3], F32, mesh, [Shard(1)]),
+    ]
+    placed(layouts, **{clip: LIMITS[clip]})
+
+
+def grid() -> tuple[Any, list[Layout]]:
+    """Parameters on a mesh of 2 x 2 ranks, on its dimensions, and on all four in a row; of the last two the fourth rank has nothing."""
+    mesh, line = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), init_device_mesh("cpu", (4,))
+    return mesh, [
+        ([5, 7], F32, mesh, [Replicate(), Shard(0)]),
+        ([9, 3], F32, mesh, [Shard(0), Shard(0)]),
+        ([8, 5], F32, mesh, [_StridedShard(0, split_factor=2), Shard(0)]),
+        ([6], F32, mesh["a"], [Shard(0)]),
+        ([3, 5], F32, line, [Shard(0)]),
+        ([3], F32, line, [Shard(0)]),
+    ]
+
+
+@checks(*LIMITS, ranks=4)
+def norms_on_a_grid(clip: str) -> None:
+    """Every element counts once: rows over replicas, over two dimensions, columns beside rows, columns of rows."""
+    mesh, layouts = grid()
+    layouts += [
+        ([4, 6], BF16, mesh, [Shard(0), Shard(1)]),
+        ([2, 2], F32, None, []),
+        ([7], F32, mesh, [Replicate(), Replicate()]),
+        ([3, 7], F32, mesh["b"], [Shard(1)]),
+    ]
+    placed(layouts, **{clip: LIMITS[clip]})
+
+
+@checks("global_clipnorm", ranks=4)
+def a_rank_without_elements(clip: str) -> None:
+    placed(grid()[1][-2:], **{clip: LIMITS[clip]})
+
+
+@checks("bf16_stochastic", ranks=4)
+def random_bits_on_a_grid(policy: str) -> None:
+    """Whole elements get the bits of their places in the whole parameter where a shard is a range of it."""
+    placed([(shape, BF16, *where) for shape, _, *where in grid()[1]], precision=policy)
+
+
+@checks("global_clipnorm", ranks=4)
+def hsdp(clip: str) -> None:
+    """Two replicas of two shards."""
+    model = network()
+    for part in (model[0], model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    optimizer = make("SGD", model.named_parameters(), **{clip: LIMITS[clip]})
+    train(model, optimizer, batches())
+    compare("SGD", model, optimizer, **{clip: LIMITS[clip]})
+
+
 @checks("clipnorm", "global_clipnorm")
-def norms_of_shards_are_refused(clip: str) -> None:
-    model = sharded()
-    optimizer = make("AdamW", model.parameters(), **{clip: 1.0})
-    with pytest.raises(ValueError, match="clip_grad_norm_"):
-        train(model, optimizer, batches()[:1])
-    assert_equal(whole(model.state_dict()), network().state_dict())
+def partial_gradients(clip: str) -> None:
+    """Each rank has a part of the sum that is the gradient; not in every step."""
+    mesh = init_device_mesh("cpu", (2,))
+    param, single = (nn.Parameter(p) for p in (distribute_tensor(torch.ones(5, 3), mesh, [Shard(0)]), torch.ones(5, 3)))
+    optimizer, other = (make("SGD", [p], **{clip: 0.5}) for p in (param, single))
+    for step in range(3):
+        parts = [torch.randn(5, 3, generator=torch.Generator().manual_seed(10 * step + rank)) for rank in range(2)]
+        single.grad = parts[0] + parts[1]
+        partial = DTensor.from_local(parts[dist.get_rank()], mesh, [Partial()])
+        param.grad = distribute_tensor(single.grad, mesh, [Shard(0)]) if step == 1 else partial
+        optimizer.step()
+        other.step()
+    assert_equal(whole({0: param}), {0: single})
+
+
+@checks("global_clipnorm")
+def scaled_losses(clip: str) -> None:
+    """amp="fused": the scale leaves before the norm is taken; what is infinite on one rank is skipped by both."""
+    model, options = sharded(), {clip: LIMITS[clip]}
+    optimizer, scaler = make("SGD", model.named_parameters(), amp="fused", **options), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step, x in enumerate(["infinite", *batches()]):
+        optimizer.zero_grad()
+        scaler.scale(model(batches()[0] if isinstance(x, str) else x).square().mean()).backward()
+        if step == 0 and dist.get_rank() == 0:
+            model[2].bias.grad.to_local().fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 512.0
+    compare("SGD", model, optimizer, **options)
+
+
+@checks("AdamW")
+def first_steps_at_rate_zero_count_everywhere(name: str) -> None:
+    """A rank without elements has no gradient that is not 0, as in the step with which DCP makes states."""
+    mesh = init_device_mesh("cpu", (2,))
+    param = nn.Parameter(distribute_tensor(torch.ones(1, 3), mesh, [Shard(0)]))
+    optimizer = make(name, [param])
+    optimizer.param_groups[0]["lr"] = 0.0
+    param.grad = distribute_tensor(torch.ones(1, 3), mesh, [Shard(0)])
+    optimizer.step()
+    assert float(optimizer.state[param]["step"]) == 1
+
+
+@checks(*LIMITS)
+def gradients_of_one_rank(clip: str) -> None:
+    """The other rank has none for the second parameter: it sums nothing, and nobody waits for it."""
+    mesh = init_device_mesh("cpu", (2,))
+    params = [nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)])) for _ in range(3)]
+    optimizer = make("SGD", params, **{clip: 0.5})
+    for param in params[:: 1 + dist.get_rank()]:
+        param.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)
+    optimizer.step()
+    assert [p in optimizer.state for p in params] == [True, dist.get_rank() == 0, True]
+
+
+def eight_bits(shard: bool, rest: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Each of 2 ranks has 448 and 64 elements of the first layer's parameters, which the groups of 64 that share scales divide."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(7, 128), nn.Tanh(), nn.Linear(128, 1)).to(BF16)
+    if shard:
+        fully_shard(model)
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "precision": rest}]
+    return model, torch_optim.AdamW(groups, lr=0.01, precision="bf16_8bit")
+
+
+@checks(("sharded", "bf16_split"), ("full", "bf16_kahan"))
+def scales_of_groups(case: tuple[str, str]) -> None:
+    """Two steps, a checkpoint, two more: as in one process; scales are DTensors, which the checkpoint has whole."""
+    way, rest = case
+    options = StateDictOptions(full_state_dict=way == "full")
+    (first, source), (second, target), (single, other) = (eight_bits(shard, rest) for shard in (True, True, False))
+    train(first, source, batches()[:2])
+    train(single, other, batches()[:2])
+    assert_equal(*(whole([list(o.state[p].values()) for p in m.parameters()]) for m, o in ((first, source), (single, other))))
+    saved = {"m": get_model_state_dict(first, options=options), "o": get_optimizer_state_dict(first, source, options=options)}
+    if way == "sharded":
+        folder = shared_folder()
+        dcp.save(saved, checkpoint_id=folder)
+        saved = {"m": get_model_state_dict(second), "o": get_optimizer_state_dict(second, target)}
+        dcp.load(saved, checkpoint_id=folder)
+    set_model_state_dict(second, saved["m"], options=options)
+    set_optimizer_state_dict(second, target, saved["o"], options=options)
+    train(second, target, batches()[2:])
+    train(single, other, batches()[2:])
+    assert_equal(whole(second.state_dict()), single.state_dict())
+    assert_equal(*(whole([list(o.state[p].values()) for p in m.parameters()]) for m, o in ((second, target), (single, other))))
+    packed = make("AdamW", second.parameters(), precision="bf16_8bit")
+    with pytest.raises(ValueError, match=r"\(1, 128\) is placed as \(Shard\(dim=0\),\) on \(2,\) ranks.*shards of equal rows"):
+        train(second, packed, batches()[:1])
+    assert not packed.state
 
 
 @checks("AdamW")
@@ -307,12 +523,12 @@ def accelerate_fsdp2_switch(name: str) -> None:
     get_optimizer_state_dict(model, optimizer)
 
 
-def main(rank: int, store: str, report: str) -> None:
-    """Runs all checks until one fails, since a rank that raised may leave the other waiting; writes {check: traceback}."""
+def main(rank: int, ranks: int, store: str, report: str) -> None:
+    """Runs all checks until one fails, since a rank that raised may leave the others waiting; writes {check: traceback}."""
     timeout = timedelta(seconds=30)
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timeout)
+    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=timeout)
     found: dict[str, str] = {}
-    for name, check in CHECKS.items():
+    for name, check in CHECKS[ranks].items():
         try:
             check()
             found[name] = ""
@@ -325,4 +541,4 @@ def main(rank: int, store: str, report: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

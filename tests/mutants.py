@@ -21,6 +21,7 @@ from mutations import RULES, Mutation
 from mutations_cpp import CPP
 from mutations_engine import ENGINE
 from mutations_kernel import KERNEL
+from mutations_offload import OFFLOAD
 from mutations_paths import PATHS
 from mutations_ranks import RANKS
 from mutations_reports import REPORTS
@@ -31,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
-MUTATIONS = (*RULES, *KERNEL, *ENGINE, *PATHS, *CPP, *REPORTS, *STATS, *SCALE, *TORCH, *RANKS)
+MUTATIONS = (*RULES, *KERNEL, *ENGINE, *PATHS, *CPP, *REPORTS, *STATS, *SCALE, *TORCH, *RANKS, *OFFLOAD)
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "demo-out")
 # Style and this list itself fail on any edit; packages and documents do not run the code; machine code where it is named.
 NOT_ASKED = {"test_style.py", "test_mutants.py", "test_docs.py", "test_packaging.py", "test_site.py", "test_machine_code.py"}

@@ -40,6 +40,8 @@ RANKS = (
         SHARDED,
         "fused_kopt/distributed/shards.py",
         ("variables not gathered", "leave", "self._gather(len(self.parts))", "pass"),
+        ("stats of one's own", "add", "collectives.reduce(tensor, self.settings.group)()", "pass"),
+        ("stats before the last parts", "add", "self._gather(len(self.parts))", "pass"),
         ("gathered while updated", "before", "self._gather(bucket.part)", "self._gather(bucket.part + 1)"),
         ("autograd not told", "_wait", "torch.autograd.graph.increment_version(self.parts[number].variables)", "pass"),
         ("elements numbered by share", "_number", "first + start)", "start)"),
@@ -55,7 +57,6 @@ RANKS = (
         "fused_kopt/distributed/squares.py",
         ("a norm of one's own", "whole", "collectives.reduce(total, self._group)()", "pass"),
         ("norms of one's own", "whole", "collectives.reduce(every, self._group)()", "pass"),
-        ("stats of one's own", "add", "collectives.reduce(tensor, self._group)()", "pass"),
     ),
     *group(
         SHARDED,
@@ -93,7 +94,7 @@ RANKS = (
     *group(
         AVERAGE + " test_sharded.py",
         "fused_kopt/stored.py",
-        ("averages not sent", "finalize_variable_values", "stage.publish()", "pass"),
+        ("averages not sent", "finalize_variable_values", "stage.publish(mine)", "pass"),
         ("averages of sparse rows", "_check_precision", " and self.ema_momentum is not None", " and False"),
     ),
     *group(AVERAGE, "fused_kopt/precision.py", ("averages in eight bits", "format", '"float32" if slot.copied else ', "")),

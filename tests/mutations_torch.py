@@ -5,6 +5,7 @@ from mutations import group
 STEPS, ERRORS = "test_torch_optim.py", "test_torch_optim_errors.py"
 STATE, HOSTS = "test_torch_optim_state.py", "test_torch_optim_hosts.py"
 PRECISION = "test_torch_optim_precision.py"
+SHARDS, RANKS = "test_shards.py", "test_host_distributed.py"
 FOLDER = "fused_kopt/torch_optim/"
 
 TORCH = (
@@ -30,7 +31,7 @@ TORCH = (
         FOLDER + "stored.py",
         ("roots in signed codes", "slots", "name in POSITIVE", "False"),
         ("a policy may change", "check_same", "if old != chosen and", "if False and"),
-        ("scales of shards", "check", "if isinstance(param, members.sharded()) and", "if False and"),
+        ("scales of shards", "check", "shards.divides(param, GROUP)", "True"),
         ("masters in another order", "master", "layout.clone(t, layout.dense_stride(local)) if", "t if"),
     ),
     *group(
@@ -59,8 +60,8 @@ TORCH = (
     *group(
         STATE,
         FOLDER + "optimizer.py",
-        ("the dummy step counts", "_members", "not self.state and self._dummy(grads)", "False"),
-        ("a warm-up from 0 does not count", "_dummy", "return still and not any", "return still or not any"),
+        ("the dummy step counts", "_begin", "not self.state and self._dummy(found, grads)", "False"),
+        ("a warm-up from 0 does not count", "_dummy", "and not found.moves(grads)", "or not found.moves(grads)"),
     ),
     *group(
         HOSTS,
@@ -78,6 +79,28 @@ TORCH = (
             "borrower.prepare(task, given))",
             "borrower.prepare(task, given)() or (lambda: None))",
         ),
+    ),
+    *group(
+        SHARDS,
+        FOLDER + "shards.py",
+        ("replicas count twice", "_groups", "not p.is_replicate() and ", ""),
+        ("every shard begins at 0", "start", "before += offset", "before += 0"),
+        ("columns begin as rows do", "start", "math.prod(chunk.sizes[:dim])", "1"),
+        ("uneven rows have scales", "divides", "param.shape[0] % parts == 0", "True"),
+    ),
+    *group(
+        RANKS,
+        FOLDER + "shards.py",
+        ("squares in the order of groups", "whole", "if len(squares) > 1:", "if False:"),
+        ("a kind is not added up", "total", "there[which]", "there[which] & (which > 0)"),
+    ),
+    *group(
+        RANKS,
+        FOLDER + "members.py",
+        ("positions after this rank's shards", "_positions", "param.numel() // layout", "shards.local([param])[0].numel() // layout"),
+        ("a rank's zeros are a dummy step", "moves", ".agree(mine) if self.sharded else mine", ".agree(mine) and mine"),
+        ("placements looked at once", "local", "not all(map(is_, specs, self._fit))", "not self._fit"),
+        ("squares of those who are absent", "_others", "np.flatnonzero(~absent)", "np.arange((~absent).sum())"),
     ),
     *group(
         ERRORS,

@@ -146,7 +146,7 @@ MISMATCHES = {
         (order, "variable 0"),
         (shape, "variable 0"),
         (same_shapes_swapped, "values of variable 2"),
-        (memory_order, "variable 0"),
+        (memory_order, "strides (1, 3)"),
         (variable_dtype, "variable 2"),
         (gradient_dtype, "dtype of gradient 1"),
         (count, "how many pairs"),

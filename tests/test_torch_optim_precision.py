@@ -376,9 +376,9 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("policy", ["bf16_split", "bf16_kahan", "bf16_stochastic", "bf16_master"])
+@pytest.mark.parametrize("policy", ["bf16_split", "bf16_kahan", "bf16_stochastic", "bf16_master", "bf16_8bit"])
 def test_sharded_parameters(policy: str, one_rank: None) -> None:
-    """Planes are DTensors like their parameters; scales of groups cannot be sharded."""
+    """Planes are DTensors like their parameters, those of scales, too."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -395,13 +395,26 @@ def test_sharded_parameters(policy: str, one_rank: None) -> None:
         assert torch.equal(mine.full_tensor(), whole)  # type: ignore[attr-defined]
         assert torch.equal(optimizer.get_master(mine), reference.get_master(whole))
         assert all(isinstance(t, DTensor) for name, t in optimizer.state[mine].items() if name != "step")
-    packed = torch_optim.AdamW(model.parameters(), precision="bf16_8bit")
-    for attempt in (packed.step, packed.describe):
-        with pytest.raises(
-            ValueError, match=r"parameter 0 of group 0 \(8, 4\) is sharded, and Precision\(master='int8'.* a scale for every 64"
-        ):
-            attempt()
-    assert not packed.state
+
+
+def test_scales_that_shards_would_cut() -> None:
+    """Refused before anything is made, by every way in."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        param = distribute_tensor(torch.ones(8, 4, dtype=BF16), mesh, [Shard(0)], src_data_rank=None).requires_grad_()
+        param.grad = torch.ones_like(param)
+        packed = torch_optim.AdamW([param], precision="bf16_8bit")
+        what = r"parameter 0 of group 0 \(8, 4\) is placed as \(Shard\(dim=0\),\) on \(2,\) ranks, and Precision.* multiples of 64"
+        for attempt in (packed.step, packed.describe):
+            with pytest.raises(ValueError, match=what):
+                attempt()
+        assert not packed.state
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def one(dtype: torch.dtype = BF16) -> torch.nn.Parameter:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
         live.refuse_torn(optimizer)
         _refuse_stages(optimizer, "save")
         state = optimizer._state
-        names = {id(tensor): name for name, tensor in known.items()}
+        names = _names(optimizer, known)
         owned = {name: {slot: _copy(view) for slot, view in views.items()} for name, views in live.slot_views(optimizer, names).items()}
         return Checkpoint(
             type(optimizer).__name__,
@@ -50,9 +50,15 @@ def capture(optimizer: Optimizer, variables: Variables, with_values: bool = Fals
         )
 
 
+def _names(optimizer: Optimizer, known: Mapping[str, Tensor]) -> dict[int, str]:
+    """Names by the ids of what has slots: of an offloaded variable its twin."""
+    kept = [(name, tensor, optimizer._kept_for(tensor)) for name, tensor in known.items()]
+    return {id(other if other.shape == tensor.shape else tensor): name for name, tensor, other in kept}
+
+
 def _refuse_stages(optimizer: Optimizer, instead: str) -> None:
-    if optimizer._stages:
-        raise ValueError(f"This optimizer is sharded or offloaded: no rank has all of its state. Use fused_kopt.distributed.{instead}.")
+    if any(stage.aggregates for stage in optimizer._stages):
+        raise ValueError(f"This optimizer is sharded: no rank has all of its state. Use fused_kopt.distributed.{instead}.")
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -82,7 +88,7 @@ def restore(checkpoint: Checkpoint, optimizer: Optimizer, variables: Variables, 
         with_values: also write the variables' values.
 
     Raises CheckpointError, with a table of what differs, where class, settings, names, shapes, dtypes or slots do not fit; what
-    `build` raises for a variable; ValueError for a sharded or offloaded optimizer. Nothing is written then. Warns (UserWarning) where
+    `build` raises for a variable; ValueError for a sharded optimizer. Nothing is written then. Warns (UserWarning) where
     the source's update rule differs from ours.
     """
     known, inner = named(variables), scaling.inner(optimizer)
@@ -125,7 +131,7 @@ def fill(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor],
         _adopt(inner, _twin(checkpoint, inner))
         for name, keys in checkpoint.overrides.items():
             inner.scale_learning_rate([known[name]], keys[MULTIPLIER])
-    views = live.slot_views(inner, {id(tensor): name for name, tensor in known.items()})
+    views = live.slot_views(inner, _names(inner, known))
     for name, values in checkpoint.slots.items():
         for slot, value in values.items():
             views[name][slot].copy_(value)
@@ -183,7 +189,7 @@ def _twin(checkpoint: Checkpoint, optimizer: Optimizer) -> Optimizer:
 
 def _schema(checkpoint: Checkpoint, optimizer: Optimizer, known: dict[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
     """What the checkpoint has, and what the optimizer has or will create, by "slot of variable", as dtypes and shapes."""
-    there = live.slot_views(optimizer, {id(tensor): name for name, tensor in known.items()})
+    there = live.slot_views(optimizer, _names(optimizer, known))
     found: dict[str, Tensor] = {}
     expected: dict[str, Tensor] = {}
     for name, values in checkpoint.slots.items():

@@ -41,10 +41,10 @@ def pieces(optimizer: Optimizer, variables: Mapping[str, Tensor]) -> dict[str, P
     found = {name: Piece(variable, 0, variable.numel(), False) for name, variable in variables.items()}
     for stage in optimizer._stages:
         theirs = stage.pieces()
-        for name, (tensor, start, _, _) in found.items():
+        for name, (tensor, start, _, sharded) in found.items():
             if id(tensor) in theirs:
                 piece, first, end = theirs[id(tensor)]
-                found[name] = Piece(piece, start + first, start + end, True)
+                found[name] = Piece(piece, start + first, start + end, sharded or stage.aggregates)
     return found
 
 

@@ -42,6 +42,7 @@ class Part:
             for variable, segment in zip(variables, self.segments, strict=True):
                 variable.data = segment.of(self.flat).copy_(variable)
         self._addresses = [variable.data_ptr() for variable in variables]
+        self._versions = [-1] * len(variables)
 
     def of(self, rank: int) -> list[Share]:
         """What a rank owns: a share for every variable of which it has elements."""
@@ -60,6 +61,12 @@ class Part:
                 logger.warning("A sharded variable of shape %s was moved: its value is copied back into its flat buffer.", segment.shape)
                 with torch.no_grad():
                     variable.data = segment.of(self.flat).copy_(variable)
+                torch.autograd.graph.increment_version([variable])
+
+    def written(self) -> list[Tensor]:
+        """The variables that were written since the last call."""
+        before, self._versions = self._versions, [variable._version for variable in self.variables]
+        return [v for v, then, now in zip(self.variables, before, self._versions, strict=True) if then != now]
 
 
 def share(elements: int, ranks: int) -> int:

@@ -55,7 +55,7 @@ def shard(optimizer: Sharded, group: Group = None, part_bytes: int = PART_BYTES,
         raise ValueError("`gradient_transformers` need whole gradients, of which a rank has pieces. Use the clip arguments instead.")
     stage = Shards(AllReduce(group, check_every), part_bytes)
     inner._stages.append(stage)
-    inner._across = stage.squares
+    inner._across = stage
     return optimizer
 
 

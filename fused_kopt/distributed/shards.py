@@ -18,11 +18,14 @@ from fused_kopt.distributed.incoming import Incoming, Pool
 from fused_kopt.distributed.partition import Part
 from fused_kopt.distributed.squares import Squares
 from fused_kopt.flat import Flat
+from fused_kopt.recording import Sums
 from fused_kopt.stages import Piece, Seen
 
 
 class Shards:
     """The stage of a sharded optimizer."""
+
+    aggregates = True
 
     def __init__(self, settings: AllReduce, part_bytes: int) -> None:
         self.settings, self.part_bytes = settings, part_bytes
@@ -38,6 +41,7 @@ class Shards:
         self._numbered: dict[int, int] = {}  # by id of a variable that has slots: its first element's number
         self._ends: dict[Any, int] = {}  # the next number of each kind of variables
         self._empty: dict[Any, Tensor] = {}  # what a rank without elements updates, by kind
+        self._followed = False  # whether a stage comes after this one
         self._seen: Seen | None = None
         self._agreed: int | None = None  # the plan whose values were compared
         self._present: tuple[bytes, list[tuple[Tensor, Tensor]]] = (b"", [])
@@ -49,6 +53,7 @@ class Shards:
 
     def enter(self, owner: Any, given: Any, aggregated: bool) -> Any:
         """See Stage. Raises RankMismatchError, PeerError, and what `apply_gradients` raises for pairs."""
+        self._waits = {}  # of a step that failed
         if isinstance(given, Flat):
             raise ValueError("A sharded optimizer has flat buffers of its own. Call restore() on the Flat, and pass pairs.")
         if aggregated and not isinstance(owner._aggregator, AllReduce):
@@ -66,7 +71,15 @@ class Shards:
             self._settle(owner, seen.variables)
         for part in self.parts:
             part.bring_back()
+        self._followed = len(owner._stages) > 1
+        if self._followed:
+            self._pass_on()
         return self._divide(owner, seen, codes, aggregated)
+
+    def _pass_on(self) -> None:
+        """To the stages after this one, a piece of a variable that the caller wrote is written too."""
+        found = [self.own[id(variable)][0] for part in self.parts for variable in part.written()]
+        torch.autograd.graph.increment_version([piece for piece in found if piece is not None])
 
     def _look(self, owner: Any, given: Any) -> Seen:
         seen = stages.look(owner, given, self._seen)
@@ -107,7 +120,8 @@ class Shards:
             self.own |= {id(variable): (None, 0, 0) for variable in run}
             for index, start, end in part.of(self.rank):
                 at = part.segments[index].offset
-                self.own[id(run[index])] = (part.flat[at + start : at + end], start, end)
+                # `.data`: with a version of its own, which other ranks' values do not change
+                self.own[id(run[index])] = (part.flat.data[at + start : at + end], start, end)
             self.parts.append(part)
             self.incoming.append(Incoming(part, self.rank, self.settings.group, self._pool))
         for variable in variables:
@@ -188,13 +202,23 @@ class Shards:
                 mine = part.flat[self.rank * part.share :][: part.share]
                 self._waits[number] = collectives.gather(part.flat, mine, self.settings.group)
 
+    def whole(self, squares: list[Tensor], each: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """See clipping.Across."""
+        return self.squares.whole(squares, each)
+
+    def add(self, sums: Sums) -> None:
+        """See clipping.Across. All launches are under way; what a rank without pieces in the last parts has not sent comes first."""
+        self._gather(len(self.parts))
+        for tensor in sums.all():
+            collectives.reduce(tensor, self.settings.group)()
+
     def leave(self) -> None:
         """See Stage."""
         self._gather(len(self.parts))
         self._wait()
         self.backward.reset()
 
-    def publish(self) -> None:
+    def publish(self, written: Sequence[Tensor]) -> None:
         """See Stage."""
         self._gather(len(self.parts), changed=False)
         self._wait()
@@ -204,6 +228,8 @@ class Shards:
         for number, wait in waits.items():
             wait()
             torch.autograd.graph.increment_version(self.parts[number].variables)
+            if self._followed:
+                self.parts[number].written()
 
     def settle(self, owner: Any, variables: Sequence[Tensor]) -> Sequence[Tensor]:
         """See Stage. Every rank must call it, with the same variables."""

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fused_kopt import clipping, collectives, norms
 from fused_kopt.collectives import Group
-from fused_kopt.recording import Sums
 
 
 class Squares:
@@ -35,8 +34,3 @@ class Squares:
             every[numbers.to(home)] = mine.to(home)
         collectives.reduce(every, self._group)()
         return [every[numbers.to(home)].to(s.device) for numbers, s in zip(self._numbers, squares, strict=True)], [every]
-
-    def add(self, sums: Sums) -> None:
-        """See clipping.Across."""
-        for tensor in sums.all():
-            collectives.reduce(tensor, self._group)()

@@ -10,7 +10,7 @@ from fused_kopt import layout, precision
 from fused_kopt.borrowed import ORDER
 from fused_kopt.slots import Slot
 from fused_kopt.torch_optim import arguments, stored
-from fused_kopt.torch_optim.members import sharded
+from fused_kopt.torch_optim.shards import sharded
 
 Kinds = Mapping[str, tuple[torch.dtype, float]]
 

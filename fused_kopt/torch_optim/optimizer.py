@@ -15,7 +15,7 @@ from fused_kopt.clipping import Clips
 from fused_kopt.description import Description
 from fused_kopt.recording import StepStats, Sums
 from fused_kopt.replays import capturing
-from fused_kopt.torch_optim import arguments, members, rows, stored
+from fused_kopt.torch_optim import arguments, members, rows, shards, stored
 from fused_kopt.torch_optim.contract import Contract
 from fused_kopt.torch_optim.members import Counters, Members, Part, Sighting
 from fused_kopt.torch_optim.rows import Rows
@@ -40,8 +40,8 @@ class Optimizer(Contract):
     What every optimizer accepts besides its own arguments:
         learning_rate, beta_1, beta_2, epsilon, rho, decay, schedule_decay: Keras's words for lr, betas, eps, alpha, lr_decay and
             momentum_decay, where the class has these; also in parameter groups, whose keys are torch's.
-        clipvalue, clipnorm, global_clipnorm: limits >= 0 on gradient elements, on each gradient's norm, on the norm of all;
-            applied inside the launch. `.grad` stays as it is. Attributes of the same names may be changed between steps.
+        clipvalue, clipnorm, global_clipnorm: limits >= 0 on gradient elements, on each gradient's norm, on the norm of all; those of
+            DTensors over all ranks. In the launch; `.grad` stays as it is. Attributes of the same names may be changed between steps.
         executor: as for fused_kopt.Adam: "auto", "reference", "triton" or "compiled".
         precision: how parameters, their masters and their slots are stored, as for fused_kopt.Adam: a name or a `fused_kopt.Precision`;
             also in parameter groups, which keep a name or a dict. Fixed by the first step. Default "float32".
@@ -64,7 +64,8 @@ class Optimizer(Contract):
         closure: computes the loss and its gradients; called once, before anything else. Returns what it returns.
 
         Raises TypeError for sparse or integer gradients, ValueError for shapes or devices that differ and shared memory, each with
-        the parameter's name; RuntimeError inside a CUDA graph capture. Nothing has been written then.
+        the parameter's name; RuntimeError inside a CUDA graph capture; errors.PeerError where a norm needs a rank that is gone. Nothing
+        has been written then.
         """
         loss = None
         if closure is not None:
@@ -106,7 +107,7 @@ class Optimizer(Contract):
                 kept[rule] = stored.kept(self, group)
                 for position, param in enumerate(group["params"]):
                     if param.requires_grad or param.grad is not None:
-                        pair = members.local([param.detach() if param.grad is None else param.grad, param])
+                        pair = shards.local([param.detach() if param.grad is None else param.grad, param])
                         parts.setdefault(rule, []).append((*pair, arguments.name(group, index, position)))
                         stored.check(self, group, param, parts[rule][-1][2])
             clips = Clips(1.0, self.clipvalue, self.clipnorm, self.global_clipnorm)
@@ -145,11 +146,11 @@ class Optimizer(Contract):
         if not grads:
             return
         seen = Sighting(params, [len(group["params"]) for group in self.param_groups], absent, *rows.rules(self))
-        found = self._members(seen, grads)
-        if found is None:
-            return
+        found, new = self._members(seen)
         if found.sharded:
-            grads = members.local(members.placed(grads, found.params))
+            grads = found.local(grads)
+        if new and not self._begin(found, grads):
+            return
         number = self._number(found) if self._recorder.every else 0
         clips, sums = self._clips(scale, found), self._recorder.start(number)
         jobs = [self._job(part, found, grads, clips, sums) for part in found.parts]
@@ -165,25 +166,26 @@ class Optimizer(Contract):
         assert self._counters is not None
         return int(self._counters.values["step"][found.places(self._counters)].max()) + 1
 
-    def _members(self, seen: Sighting, grads: Sequence[Tensor]) -> Members | None:
-        """Who takes part, with states; None where this is the dummy step that only makes them."""
+    def _members(self, seen: Sighting) -> tuple[Members, bool]:
+        """Who takes part, and whether they are new here and states may be missing."""
         if self._counters is None or not self._counters.of(self.state):
             self._known, self._counters = [], None
         found = next((known for known in self._known if known.seen.same(seen)), None)
-        if found is None:
-            stored.check_same(self, self._known[0].seen.rules if self._known else [], seen.rules)
-            dummy = not self.state and self._dummy(grads)
-            found = Members(seen, members.present(self._names(), seen.absent))
-            self._make_states(found, grads)
-            self._known = [found, *self._known[: KEPT - 1]]
-            if dummy:
-                return None
-        return found
+        if found is not None:
+            return found, False
+        stored.check_same(self, self._known[0].seen.rules if self._known else [], seen.rules)
+        return Members(seen, members.present(self._names(), seen.absent)), True
 
-    def _dummy(self, grads: Sequence[Tensor]) -> bool:
+    def _begin(self, found: Members, grads: Sequence[Tensor]) -> bool:
+        """Make the states of new members. False where this is the dummy step that does no more."""
+        dummy = not self.state and self._dummy(found, grads)
+        self._make_states(found, grads)
+        self._known = [found, *self._known[: KEPT - 1]]
+        return not dummy
+
+    def _dummy(self, found: Members, grads: Sequence[Tensor]) -> bool:
         """Whether this is how torch.distributed.checkpoint makes states: lr 0, gradients 0, none there yet. It must not count."""
-        still = all(float(group["lr"]) == 0 for group in self.param_groups)
-        return still and not any(bool(grad.any()) for grad in members.local(grads))
+        return all(float(group["lr"]) == 0 for group in self.param_groups) and not found.moves(grads)
 
     def _make_states(self, found: Members, grads: Sequence[Tensor]) -> None:
         """Create what the states of the parameters with gradients lack, after a look at the gradients."""
@@ -198,7 +200,7 @@ class Optimizer(Contract):
             if new or state is None:
                 lacking.append((param, new))
         if lacking:
-            borrowed.check(list(zip(members.local(grads), members.local(found.params), strict=True)), found.names)
+            borrowed.check(list(zip(grads, shards.local(found.params), strict=True)), found.names)
         for param, new in lacking:
             for name, plane in new.items():
                 self.state[param][name] = stored.new(plane, param)
@@ -212,8 +214,6 @@ class Optimizer(Contract):
     def _clips(self, scale: float, found: Members) -> Clips:
         clips = Clips(scale, self.clipvalue, self.clipnorm, self.global_clipnorm)
         arguments.check_clips(clips)
-        if clips.by_norm and found.sharded:
-            raise ValueError("Norms of sharded parameters need all ranks. Use torch.nn.utils.clip_grad_norm_ in place of clipnorm.")
         if clips.global_clipnorm is not None and len(found.parts) > 1:
             rules = sorted(f"{part.rule.__name__} in {precision.title(part.policy)}" for part in found.parts)
             raise ValueError(
@@ -228,13 +228,14 @@ class Optimizer(Contract):
         places, states = part.select(found.places(self._counters)), list(self.state.values())
         numbers = Rows(self, part, {name: values[places] for name, values in self._counters.values.items()}, found.seen.decaying)
         groups = [self.param_groups[i] for i in part.groups]
-        mine, variables = [states[i] for i in places.tolist()], part.select(found.params)
-        task = Task(part.rule, numbers.of, clips, all(map(self.exact, groups)), sums, part.policy, stored.slots(self, groups[0]))
+        mine, grads, variables = [states[i] for i in places.tolist()], part.select(grads), part.select(found.params)
         slots = [[state[name] for state in mine] for name in stored.planes(self, groups[0], variables[0].dtype)]
         if found.sharded:
-            variables, slots = members.local(variables), [members.local(column) for column in slots]
+            variables, slots = shards.local(variables), [shards.local(column) for column in slots]
+        clips = found.clips(part, clips, grads, variables)
+        task = Task(part.rule, numbers.of, clips, all(map(self.exact, groups)), sums, part.policy, stored.slots(self, groups[0]))
         positions = None if found.positions is None else part.select(found.positions)
-        given = Borrowed(variables, part.select(grads), slots, part.select(found.names), numbers.which, positions)
+        given = Borrowed(variables, grads, slots, part.select(found.names), numbers.which, positions)
         borrower = self._borrowers.setdefault((part.rule, part.policy), Borrower(self._executor))
         return Job(part, places, numbers, borrower.prepare(task, given))
 

@@ -11,7 +11,7 @@ from fused_kopt.op import GROUP
 from fused_kopt.planes import Kept
 from fused_kopt.precision import Precision
 from fused_kopt.slots import Slot
-from fused_kopt.torch_optim import members
+from fused_kopt.torch_optim import shards
 
 Group = Mapping[str, Any]
 # Slots in which no element is ever negative, by their names in any class.
@@ -47,9 +47,12 @@ def check(owner: Owner, group: Group, param: Tensor, what: str) -> None:
         return
     chosen = policy(group)
     chosen.check(param.dtype, slots(owner, group), what)
-    if isinstance(param, members.sharded()) and any(plane.group > 1 for plane in planes(owner, group, param.dtype).values()):
+    if not isinstance(param, shards.sharded()) or shards.divides(param, GROUP):
+        return
+    if any(plane.group > 1 for plane in planes(owner, group, param.dtype).values()):
         raise ValueError(
-            f"{what} is sharded, and {chosen} keeps a scale for every {GROUP} elements, which no shard boundary respects. "
+            f"{what} is placed as {param.placements} on {tuple(param.device_mesh.shape)} ranks, and {chosen} keeps a scale for every "
+            f"{GROUP} elements: it needs shards of equal rows that are multiples of {GROUP} elements. "
             "Use slots of float32 or bfloat16: 'bf16_split', 'bf16_kahan' or 'bf16_stochastic'."
         )
 
@@ -71,7 +74,9 @@ def new(plane: Slot, param: Tensor) -> Tensor:
     """A part of a parameter's state as it begins: beside the parameter, of its shape, layout and placement where it has the shape."""
     if plane.group == 1:
         return torch.full_like(param, plane.initial, dtype=plane.stored, requires_grad=False)
-    return torch.full(plane.shape(param), plane.initial, dtype=plane.stored, device=param.device)
+    (local,) = shards.local([param])
+    numbers = torch.full(plane.shape(local), plane.initial, dtype=plane.stored, device=param.device)
+    return shards.vector(param, numbers, *plane.shape(param)) if local is not param else numbers
 
 
 def kept(owner: Owner, group: Group) -> Callable[[Tensor], Kept]:
@@ -84,6 +89,6 @@ def kept(owner: Owner, group: Group) -> Callable[[Tensor], Kept]:
 def master(owner: Owner, group: Group, param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     """What a parameter stands for, float32 (float64 for float64), in its shape."""
     names = list(planes(owner, group, param.dtype))
-    (local, *parts) = members.local([param.detach(), *(state[name] for name in names)])
+    (local, *parts) = shards.local([param.detach(), *(state[name] for name in names)])
     laid = [layout.clone(t, layout.dense_stride(local)) if t.shape == local.shape else t for t in parts]
     return policy(group).read((slots(owner, group),), local, dict(zip(names, laid, strict=True)))[0]
