@@ -119,8 +119,8 @@ def load(
 
     All files' checksums are compared first. torch.distributed.checkpoint's `.metadata` is unpickled: load only what you trust.
 
-    Raises CheckpointError, with a table of what differs, where there is no checkpoint, a file is damaged or something does not fit;
-    PeerError where that is so on another rank; OSError. Nothing has been written then on any rank.
+    Raises CheckpointError, with a table of what differs, where there is no checkpoint, a file is damaged or something does not fit, here
+    or on another rank; PeerError for anything else there; OSError. Nothing has been written then on any rank.
     """
     from fused_kopt.distributed import elastic_files
 
