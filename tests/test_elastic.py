@@ -16,7 +16,7 @@ ALL = [pytest.param(check, marks=pytest.mark.slow) if check in SLOW else check f
 def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """{check: traceback or ""} of the checks that are to run."""
     folder = tmp_path_factory.mktemp("ranks")
-    items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.originalname == "test_on_ranks"]
+    items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.originalname == "test_F9_F14_on_ranks"]
     wanted = [item.callspec.params["check"] for item in items if not item.get_closest_marker("skip")]
     script = Path(__file__).with_name("elastic_checks.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(folder)}
@@ -28,5 +28,5 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("check", ALL)
-def test_on_ranks(report: dict[str, str], check: str) -> None:
+def test_F9_F14_on_ranks(report: dict[str, str], check: str) -> None:
     assert not report[check], report[check]
