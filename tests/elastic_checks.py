@@ -195,11 +195,11 @@ def saved(rule: str, policy: str, kind: str, ranks: int) -> str:
 
 
 @checks(
-    *(("adam", "bf16_8bit", "whole", *ranks, "whole") for ranks in ((0, 1), (1, 3), (2, 0), (3, 2), (4, 1), (2, 8))),
-    *(("adam", "bf16_8bit", "sharded", *ranks, "sharded") for ranks in ((1, 2), (2, 3), (3, 0), (4, 3), (8, 2), (2, 8))),
-    *(("nadam", "float32 variables", "sharded", *ranks, "sharded") for ranks in ((2, 3), (3, 1))),
-    *(("adam", "bf16_8bit", "sharded", 3, after, "whole") for after in (0, 2)),
-    *(("adam", "bf16_8bit", "whole", before, 3, "sharded") for before in (0, 2)),
+    *(("adam", "bf16_8bit", "whole", *ranks, "whole") for ranks in ((0, 1), (2, 3), (4, 1))),
+    *(("adam", "bf16_8bit", "sharded", *ranks, "sharded") for ranks in ((2, 3), (3, 0), (8, 3))),
+    *(("nadam", "float32 variables", "sharded", *ranks, "sharded") for ranks in ((2, 3),)),
+    *(("adam", "bf16_8bit", "sharded", 3, after, "whole") for after in (0,)),
+    *(("adam", "bf16_8bit", "whole", before, 3, "sharded") for before in (2,)),
     ("adam", "bf16_8bit", "sharded offloaded", 3, 2, "offloaded"),
     ("adam", "bf16_8bit", "offloaded", 2, 3, "sharded offloaded"),
     slow=[
@@ -654,7 +654,7 @@ FSDP = [*((name, "float32") for name in OPTIONS), *(("AdamW", policy) for policy
 
 
 @checks(
-    *(("AdamW", "bf16_kahan", *ranks) for ranks in ((1, 2), (2, 3), (3, 1), (2, 8))),
+    *(("AdamW", "bf16_kahan", *ranks) for ranks in ((2, 3), (2, 8))),
     ("Nadam", "float32", 2, 3),
     ("AdamW", "bf16_stochastic", 2, 3),
     ("AdamW", "bf16_8bit", 2, 3),
