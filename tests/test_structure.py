@@ -85,9 +85,9 @@ LAYERS = (
     ("checkpoint.keras_writing",),
     ("checkpoint.formats",),
     ("checkpoint",),
-    ("distributed.elastic_pieces", "distributed.elastic_ranks", "distributed.elastic_schema"),
-    ("distributed.elastic_files", "distributed.elastic_loading", "distributed.elastic_saving", "distributed.elastic_versions"),
-    ("distributed.elastic_commit",),
+    ("distributed.elastic.pieces", "distributed.elastic.ranks", "distributed.elastic.schema"),
+    ("distributed.elastic.files", "distributed.elastic.loading", "distributed.elastic.saving", "distributed.elastic.versions"),
+    ("distributed.elastic.commit",),
     ("distributed.elastic",),
     ("distributed",),
     ("commands",),
@@ -136,8 +136,8 @@ LAZY = {(module, name): "Triton" for module, names in NEED_TRITON.items() for na
     ("checkpoint.storage", "safetensors.safe_open"): "the extra `checkpoint`",
     ("checkpoint.formats", "fused_kopt.checkpoint.keras_files"): "the extra `checkpoint`: h5py",
     ("checkpoint.formats", "fused_kopt.checkpoint.keras_writing"): "the extra `checkpoint`: h5py",
-    ("distributed.elastic", "fused_kopt.distributed.elastic_commit"): "torch.distributed.checkpoint takes 1.5 s",
-    ("distributed.elastic", "fused_kopt.distributed.elastic_files"): "torch.distributed.checkpoint takes 1.5 s",
+    ("distributed.elastic", "fused_kopt.distributed.elastic.commit"): "torch.distributed.checkpoint takes 1.5 s",
+    ("distributed.elastic", "fused_kopt.distributed.elastic.files"): "torch.distributed.checkpoint takes 1.5 s",
     ("commands.demo", "sklearn.datasets.load_digits"): "the extra `demo`",
     ("commands.demo", "sklearn.model_selection.train_test_split"): "the extra `demo`",
     ("commands.demo", "matplotlib.figure.Figure"): "the extra `demo`",
@@ -168,7 +168,7 @@ class Import(NamedTuple):
 @functools.cache
 def sources() -> dict[str, Path]:
     """Module name (without the package's) to file; the link is followed once, as kernels."""
-    packages = ("optimizers", "keras", "checkpoint", "commands", "distributed", "torch_optim")
+    packages = ("optimizers", "keras", "checkpoint", "commands", "distributed", "distributed/elastic", "torch_optim")
     folders = ("fused_kopt", *(f"fused_kopt/{name}" for name in packages), "kernels")
     files = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
     return {re.sub(r"^fused_kopt\.|\.?__init__$", "", ".".join(f.relative_to(ROOT).with_suffix("").parts)): f for f in files}

@@ -9,7 +9,7 @@ from torch import Tensor
 from fused_kopt import layout
 from fused_kopt.checkpoint import live, scaling, snapshot, tables
 from fused_kopt.checkpoint.neutral import Checkpoint
-from fused_kopt.distributed.elastic_pieces import DTYPES, Chunk, Part, described, pieces, some
+from fused_kopt.distributed.elastic.pieces import DTYPES, Chunk, Part, described, pieces, some
 from fused_kopt.errors import CheckpointError
 from fused_kopt.optimizer import Optimizer
 

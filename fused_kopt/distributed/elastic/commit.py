@@ -11,9 +11,8 @@ from torch.distributed.checkpoint.planner import SavePlan
 from fused_kopt import collectives
 from fused_kopt.checkpoint import tables
 from fused_kopt.collectives import Group
-from fused_kopt.distributed import elastic_files, elastic_saving, elastic_versions
-from fused_kopt.distributed import elastic_ranks as ranks
-from fused_kopt.distributed.elastic_saving import Captured
+from fused_kopt.distributed.elastic import files, ranks, saving, versions
+from fused_kopt.distributed.elastic.saving import Captured
 from fused_kopt.errors import CheckpointError
 
 
@@ -35,21 +34,21 @@ def commit(folder: Path, captured: Callable[[], Captured], group: Group) -> None
     def prepare() -> Told:
         shares.append(captured())
         mine = shares[0]
-        plan = elastic_files.planned(mine.chunks)
-        return Told(_digest(mine.common), mine.own, plan, elastic_versions.begun(folder) if rank == 0 else None)
+        plan = files.planned(mine.chunks)
+        return Told(_digest(mine.common), mine.own, plan, versions.begun(folder) if rank == 0 else None)
 
     told = ranks.gathered(prepare, group)
     version, mine = told[0].version, shares[0]
     assert version is not None
     if len({each.digest for each in told}) > 1:
         _refuse(ranks.gathered(lambda: mine.common, group))
-    state = elastic_saving.merged(mine.common, [each.own for each in told])
-    plans, metadata = elastic_files.joined([each.plan for each in told])
-    written = ranks.gathered(lambda: elastic_files.write(version, mine.chunks, plans, rank), group)
+    state = saving.merged(mine.common, [each.own for each in told])
+    plans, metadata = files.joined([each.plan for each in told])
+    written = ranks.gathered(lambda: files.write(version, mine.chunks, plans, rank), group)
 
     def publish() -> None:
-        elastic_files.finish(version, metadata, written, state)
-        elastic_versions.publish(version)
+        files.finish(version, metadata, written, state)
+        versions.publish(version)
 
     ranks.on_first(publish, group)
 

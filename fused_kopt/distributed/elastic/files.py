@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from fused_kopt.distributed import elastic_schema
-from fused_kopt.distributed.elastic_pieces import Chunk
-from fused_kopt.distributed.elastic_schema import OLDER, Schema
+from fused_kopt.distributed.elastic import schema
+from fused_kopt.distributed.elastic.pieces import Chunk
+from fused_kopt.distributed.elastic.schema import OLDER, Schema
 from fused_kopt.errors import CheckpointError
 
 Chunks = Mapping[str, Chunk]
@@ -94,15 +94,15 @@ def write(folder: Path, chunks: Chunks, plans: list[SavePlan], rank: int) -> Wri
     """Write this rank's file, flushed to the disk. plans: of `joined`."""
     writer = FileSystemWriter(folder)
     results = writer.write_data(writer.prepare_global_plan(plans)[rank], _Saver(chunks)).wait()
-    return Written(results, {file.name: elastic_schema.summed(file) for file in folder.glob(f"__{rank}_*")})
+    return Written(results, {file.name: schema.summed(file) for file in folder.glob(f"__{rank}_*")})
 
 
 def finish(folder: Path, metadata: Metadata, written: Sequence[Written], state: dict[str, Any]) -> None:
     """Complete a checkpoint of which every rank has written its part: DCP's metadata, then `state` and the files' sums as JSON."""
     FileSystemWriter(folder).finish(metadata, [mine.results for mine in written])
     files = {name: sums for mine in written for name, sums in mine.files.items()}
-    files[".metadata"] = elastic_schema.summed(folder / ".metadata")
-    elastic_schema.write(folder, Schema(state, files))
+    files[".metadata"] = schema.summed(folder / ".metadata")
+    schema.write(folder, Schema(state, files))
 
 
 def read(folder: Path, chunks: Chunks) -> None:

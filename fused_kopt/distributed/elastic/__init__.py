@@ -14,10 +14,9 @@ from fused_kopt import collectives
 from fused_kopt.checkpoint.neutral import Variables, named
 from fused_kopt.checkpoint.storage import FilePath
 from fused_kopt.collectives import Group
-from fused_kopt.distributed import elastic_loading, elastic_saving, elastic_schema, elastic_versions
-from fused_kopt.distributed import elastic_ranks as ranks
-from fused_kopt.distributed.elastic_loading import Blank
-from fused_kopt.distributed.elastic_saving import Captured
+from fused_kopt.distributed.elastic import loading, ranks, saving, schema, versions
+from fused_kopt.distributed.elastic.loading import Blank
+from fused_kopt.distributed.elastic.saving import Captured
 from fused_kopt.optimizer import Optimizer
 
 logger = logging.getLogger("fused_kopt")
@@ -40,10 +39,10 @@ def save(folder: FilePath, optimizer: Optimizer, variables: Variables, group: Gr
     Raises TornStepError after an interrupted step, ValueError where a slot's variable has no name, CheckpointError where ranks differ or
     settings are not JSON, PeerError where another rank failed, OSError; on all ranks. `latest` is as it was then.
     """
-    from fused_kopt.distributed import elastic_commit
+    from fused_kopt.distributed.elastic import commit
 
     _join_last()
-    elastic_commit.commit(Path(folder), lambda: elastic_saving.capture(optimizer, named(variables), group, with_values), group)
+    commit.commit(Path(folder), lambda: saving.capture(optimizer, named(variables), group, with_values), group)
 
 
 def async_save(
@@ -61,16 +60,16 @@ def async_save(
 
     Raises ValueError for a `group` without `beside`.
     """
-    from fused_kopt.distributed import elastic_commit
+    from fused_kopt.distributed.elastic import commit
 
     _join_last()
     messages = ranks.beside(group, beside)
     captured: Future[Captured] = Future()
     try:
-        captured.set_result(elastic_saving.capture(optimizer, named(variables), group, with_values))
+        captured.set_result(saving.capture(optimizer, named(variables), group, with_values))
     except Exception as error:  # for all ranks, which are about to meet
         captured.set_exception(error)
-    return Saving(lambda: elastic_commit.commit(Path(folder), captured.result, messages))
+    return Saving(lambda: commit.commit(Path(folder), captured.result, messages))
 
 
 class Saving:
@@ -122,23 +121,23 @@ def load(
     Raises CheckpointError, with a table of what differs, where there is no checkpoint, a file is damaged or something does not fit, here
     or on another rank; PeerError for anything else there; OSError. Nothing has been written then on any rank.
     """
-    from fused_kopt.distributed import elastic_files
+    from fused_kopt.distributed.elastic import files
 
     _join_last()
     rank, known = collectives.rank(group), ranks.on_all(lambda: named(variables), group)
-    version, schema = ranks.on_first(lambda: elastic_versions.newest(Path(folder)), group)
+    version, found = ranks.on_first(lambda: versions.newest(Path(folder)), group)
 
     def check() -> None:
-        elastic_loading.check(schema.state, optimizer, known, settings, with_values)
-        elastic_schema.verify(version, dict(list(schema.files.items())[rank :: collectives.size(group)]))
+        loading.check(found.state, optimizer, known, settings, with_values)
+        schema.verify(version, dict(list(found.files.items())[rank :: collectives.size(group)]))
 
     def read() -> Blank:
-        blank = elastic_loading.blank(schema.state, optimizer, known)
-        blank.chunks.update(elastic_loading.values(known) if with_values else {})
-        elastic_files.read(version, blank.chunks)
+        blank = loading.blank(found.state, optimizer, known)
+        blank.chunks.update(loading.values(known) if with_values else {})
+        files.read(version, blank.chunks)
         return blank
 
     ranks.on_all(check, group)
-    ranks.on_all(lambda: elastic_loading.build(schema.state, optimizer, known), group)
+    ranks.on_all(lambda: loading.build(found.state, optimizer, known), group)
     blank = ranks.on_all(read, group)
-    ranks.on_all(lambda: elastic_loading.write(schema.state, blank, optimizer, known, settings), group)
+    ranks.on_all(lambda: loading.write(found.state, blank, optimizer, known, settings), group)

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from fused_kopt.checkpoint import storage
-from fused_kopt.distributed import elastic_schema
-from fused_kopt.distributed.elastic_schema import SCHEMA, Schema
+from fused_kopt.distributed.elastic import schema
+from fused_kopt.distributed.elastic.schema import SCHEMA, Schema
 from fused_kopt.errors import CheckpointError
 
 LATEST = "latest"
@@ -61,11 +61,11 @@ def named(folder: Path) -> str | None:
 def newest(folder: Path) -> tuple[Path, Schema]:
     """The version that the pointer names, or the folder itself if it is a version. Raises CheckpointError where there is none; OSError."""
     if (folder / SCHEMA).is_file():
-        return folder, elastic_schema.read(folder)
+        return folder, schema.read(folder)
     name = named(folder)
     if name is None:
         raise CheckpointError(f"{folder} has no checkpoint: no file {LATEST!r}, no {SCHEMA}.")
     if not NAME.fullmatch(name) or not (folder / name).is_dir():
         there = [version.name for version in versions(folder)]
         raise CheckpointError(f"{folder / LATEST} names {name!r}, which is not there. There are {there}: pass the path of one of them.")
-    return folder / name, elastic_schema.read(folder / name)
+    return folder / name, schema.read(folder / name)

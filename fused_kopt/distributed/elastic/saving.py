@@ -9,7 +9,7 @@ from torch import Tensor
 from fused_kopt import collectives, layout
 from fused_kopt.checkpoint import live, scaling, tables
 from fused_kopt.collectives import Group
-from fused_kopt.distributed.elastic_pieces import NAMES, Chunk, Part, Piece, described, pieces, shares, some
+from fused_kopt.distributed.elastic.pieces import NAMES, Chunk, Part, Piece, described, pieces, shares, some
 from fused_kopt.errors import CheckpointError
 from fused_kopt.optimizer import Optimizer
 
