@@ -57,7 +57,7 @@ class GradientBuffers:
         for (device, dtype), members in alike.items():
             segments = layout.plan(members)
             self._flat.append(torch.zeros(segments[-1].end, dtype=dtype, device=device))
-            places = [self._flat[-1].as_strided(segment.shape, segment.stride, segment.offset) for segment in segments]
+            places = [segment.of(self._flat[-1]) for segment in segments]
             buffers |= {id(variable): place for variable, place in zip(members, places, strict=True)}
         self.buffers = [buffers[id(variable)] for variable in self.variables]
         self._filled = [False] * len(self.variables)

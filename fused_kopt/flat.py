@@ -60,7 +60,7 @@ class Flat:
         values, grads = torch.zeros((2, segments[-1].end), dtype=members[0].dtype, device=members[0].device)
         self.buffers.append(Buffer(values, grads, members, segments))
         for i, variable, segment in zip(positions, members, segments, strict=True):
-            place, view = (b.as_strided(segment.shape, segment.stride, b.storage_offset() + segment.offset) for b in (values, grads))
+            place, view = segment.of(values), segment.of(grads)
             variable.data = place.copy_(variable)
             if variable.grad is not None:
                 view.copy_(variable.grad)

@@ -31,12 +31,7 @@ class Buffer:
         """The place of a gradient."""
         if dtype not in self._gradients:
             self._gradients[dtype] = self._zeros(dtype)
-        return place(self._gradients[dtype], segment)
-
-
-def place(flat: Tensor, segment: Segment) -> Tensor:
-    """A segment of a host buffer in its variable's shape and strides."""
-    return flat.as_strided(segment.shape, segment.stride, segment.offset)
+        return segment.of(self._gradients[dtype])
 
 
 @dataclass
@@ -121,7 +116,7 @@ class Homes:
             first = self._ends.get(kind, 0)  # as it would be in the one bucket of an optimizer without offload
             self._ends[kind] = first + segment.end - segment.offset
             _, _, number = state.parts.get(id(variable), (None, 0, first))
-            twin = place(buffer.variables, segment)
+            twin = segment.of(buffer.variables)
             state.parts[id(twin)] = (twin, part, number)
             self._found[id(variable)] = Home(variable, twin, segment, buffer, variable.data_ptr())
             self._pieces[id(variable)] = (twin, 0, twin.numel())
