@@ -150,7 +150,8 @@ class Reduction:
             if key not in self._memory or len(self._memory[key]) < size:
                 self._memory[key] = torch.zeros(size, dtype=key[1], device=key[0])
                 self._places = {}  # the others' places are in memory that is given up
-            for run in _runs(members, variables, key[1].itemsize):
+            for positions in layout.runs([variables[p].numel() * key[1].itemsize for p in members], PART):
+                run = [members[i] for i in positions]
                 flat = self._memory[key][segments[run[0]].offset : segments[run[-1]].end]
                 places = [segments[p]._replace(offset=segments[p].offset - segments[run[0]].offset) for p in run]
                 parts.append(Part(flat, run, [s.of(flat) for s in places]))
@@ -180,19 +181,6 @@ class Reduction:
     def pieces(self) -> Mapping[int, Piece]:
         """See Stage."""
         return {}
-
-
-def _runs(members: Sequence[int], variables: Sequence[Tensor], itemsize: int) -> list[list[int]]:
-    """Members in runs of about PART bytes."""
-    runs: list[list[int]] = [[]]
-    size = 0
-    for position in members:
-        if size >= PART:
-            runs.append([])
-            size = 0
-        runs[-1].append(position)
-        size += variables[position].numel() * itemsize
-    return runs
 
 
 def fill(views: Sequence[Tensor], given: Sequence[Tensor | None]) -> None:

@@ -1,7 +1,7 @@
 """Variables and gradients side by side in flat buffers: opt-in, reversible, and left at once where the caller moves something."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -41,7 +41,8 @@ class Flat:
 
     def __init__(self, variables: Iterable[Tensor]) -> None:
         self.variables = list({id(v): v for v in variables}.values())
-        _check(self.variables)
+        gradients.check([(v.detach(), v) for v in self.variables])
+        check_movable(self.variables)
         self.gradients: list[Tensor] = [v.detach() for v in self.variables]
         self.buffers: list[Buffer] = []
         self._warned = False
@@ -145,15 +146,14 @@ class Flat:
         self.restore()
 
 
-def _check(variables: list[Tensor]) -> None:
-    """Raises what apply_gradients raises for a variable, and ValueError where other memory would part from it unseen."""
-    gradients.check([(v.detach(), v) for v in variables])
+def check_movable(variables: Sequence[Tensor]) -> None:
+    """Raises ValueError for a variable that cannot move into a flat buffer, because other memory would part from it unseen."""
     for position, variable in enumerate(variables):
         what = gradients.name(variable, position)
         if variable.is_shared() and not variable.is_cuda:  # type: ignore[no-untyped-call]
-            raise ValueError(f"{what} is in shared memory: other processes would no longer see its updates. Do not flatten it.")
+            raise ValueError(f"{what} is in shared memory: other processes would no longer see its updates. Do not flatten or shard it.")
         if variable.untyped_storage().nbytes() != variable.numel() * variable.element_size() or variable._is_view():
             raise ValueError(
                 f"{what} is part of a larger memory ({tensors.describe(variable)}, {variable.untyped_storage().nbytes()} bytes): "
-                "a view, another Flat, FSDP. Moved, it would part from it. Do not flatten it, or call restore() on the other Flat."
+                "a view, a Flat, FSDP, a sharded optimizer. Moved, it would part from it. Leave that first (Flat.restore())."
             )

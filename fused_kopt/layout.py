@@ -93,6 +93,19 @@ def plan(variables: Iterable[Tensor], offset: int = 0) -> list[Segment]:
     return segments
 
 
+def runs(sizes: Iterable[int], least: int) -> list[list[int]]:
+    """Positions of sizes in their order, cut into runs that add up to at least `least`; the last may be smaller."""
+    found: list[list[int]] = [[]]
+    total = 0
+    for position, size in enumerate(sizes):
+        if total >= least:
+            found.append([])
+            total = 0
+        found[-1].append(position)
+        total += size
+    return found
+
+
 def blocks(counts: Any, block: int) -> Any:
     """The block table of segments of so many elements, int32 [grid, 2]: (segment, block of it) for every program of a launch."""
     each = -(-np.asarray(counts, dtype=np.int64) // block)

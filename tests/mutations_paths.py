@@ -120,9 +120,14 @@ FLAT = group(
     ("None gathered as it was", "gather", "view.zero_()", "pass"),
     ("restored gradients keep the buffer", "restore", "variable.grad = layout.clone(variable.grad, variable.grad.stride())", "pass"),
     ("restored over what moved", "restore", "if variable.data_ptr() == address:", "if True:"),
-    ("shared variables flattened", "_check", "variable.is_shared() and not variable.is_cuda", "False"),
-    ("views flattened", "_check", " or variable._is_view()", ""),
-    ("parts of a memory flattened", "_check", "variable.untyped_storage().nbytes() != variable.numel() * variable.element_size()", "False"),
+    ("shared variables flattened", "check_movable", "variable.is_shared() and not variable.is_cuda", "False"),
+    ("views flattened", "check_movable", " or variable._is_view()", ""),
+    (
+        "parts of a memory flattened",
+        "check_movable",
+        "variable.untyped_storage().nbytes() != variable.numel() * variable.element_size()",
+        "False",
+    ),
     (
         "one buffer for all dtypes",
         "__init__",

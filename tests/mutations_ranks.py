@@ -77,7 +77,6 @@ RANKS = (
         "fused_kopt/distributed/partition.py",
         ("groups are cut", "share", "ranks * ALIGNMENT)) * ALIGNMENT", "ranks))"),
         ("padding is somebody's", "of", "min(high, s.offset + s.numel)", "min(high, s.end)"),
-        ("views are moved", "check", " or variable._is_view()", ""),
     ),
     *group(
         TREE,

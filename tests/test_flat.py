@@ -297,7 +297,7 @@ def test_what_shares_memory_is_refused() -> None:
             optimizer.flatten(given)
         assert weight.data_ptr() == address
     optimizer.flatten([weight])
-    with pytest.raises(ValueError, match=r"another Flat.*call restore\(\) on the other Flat"):
+    with pytest.raises(ValueError, match=r"a Flat, .*Leave that first \(Flat.restore\(\)\)"):
         fused_kopt.SGD().flatten([weight])
 
 

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from fused_kopt import layout
 from fused_kopt.commands.machines import Topology
 from fused_kopt.commands.models import Model, Shape
 from fused_kopt.layout import ALIGNMENT
@@ -68,12 +69,7 @@ class Held(NamedTuple):
 
 def parts(counts: Sequence[int], itemsize: int, least: int) -> list[list[int]]:
     """Variables in their order, cut into runs of at least `least` bytes; the last may be smaller."""
-    found: list[list[int]] = [[]]
-    for count in counts:
-        if sum(found[-1]) * itemsize >= least:
-            found.append([])
-        found[-1].append(count)
-    return found
+    return [[counts[i] for i in run] for run in layout.runs([count * itemsize for count in counts], least)]
 
 
 def padded(counts: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kopt import gradients, layout, tensors
+from fused_kopt import layout, tensors
 from fused_kopt.layout import ALIGNMENT, Segment
 
 _data_ptr = Tensor.data_ptr
@@ -72,29 +72,3 @@ class Part:
 def share(elements: int, ranks: int) -> int:
     """The elements of a buffer that each rank owns, padding included."""
     return -(-elements // (ranks * ALIGNMENT)) * ALIGNMENT
-
-
-def runs(variables: Sequence[Tensor], part_bytes: int) -> list[list[Tensor]]:
-    """Variables of one device and dtype in their order, cut into runs of at least `part_bytes`; the last may be smaller."""
-    found: list[list[Tensor]] = [[]]
-    size = 0
-    for variable in variables:
-        if size >= part_bytes:
-            found.append([])
-            size = 0
-        found[-1].append(variable)
-        size += variable.numel() * variable.element_size()
-    return found
-
-
-def check(variables: Sequence[Tensor]) -> None:
-    """Raises ValueError for a variable that cannot be moved into a flat buffer, since other memory would part from it unseen."""
-    for position, variable in enumerate(variables):
-        what = gradients.name(variable, position)
-        if variable.is_shared() and not variable.is_cuda:  # type: ignore[no-untyped-call]
-            raise ValueError(f"{what} is in shared memory: other processes would no longer see its updates. It cannot be sharded.")
-        if variable.untyped_storage().nbytes() != variable.numel() * variable.element_size() or variable._is_view():
-            raise ValueError(
-                f"{what} is part of a larger memory ({tensors.describe(variable)}, {variable.untyped_storage().nbytes()} bytes): a view, "
-                "a Flat, FSDP, another sharded optimizer. Moved, it would part from it. Leave that first (Flat.restore())."
-            )

@@ -12,12 +12,11 @@ from fused_kopt import collectives, gradients, layout, stages
 from fused_kopt.aggregate import AllReduce, replicas
 from fused_kopt.agreement import DTYPES, Agreement, hashed
 from fused_kopt.buffers import Bucket
-from fused_kopt.distributed import partition
 from fused_kopt.distributed.backward import Backward
 from fused_kopt.distributed.incoming import Incoming, Pool
 from fused_kopt.distributed.partition import Part
 from fused_kopt.distributed.squares import Squares
-from fused_kopt.flat import Flat
+from fused_kopt.flat import Flat, check_movable
 from fused_kopt.recording import Sums
 from fused_kopt.stages import Piece, Seen
 
@@ -87,7 +86,7 @@ class Shards:
             self._present = (b"", [])
             if len({id(v) for v in seen.variables}) < len(seen.variables):
                 raise ValueError("A variable is given twice, which a sharded step cannot update in order. Add its gradients up first.")
-            partition.check([v for v in seen.variables if id(v) not in self.home])
+            check_movable([v for v in seen.variables if id(v) not in self.home])
             for variable in seen.variables:
                 self._tell(owner, variable)
         self._seen = seen
@@ -114,7 +113,7 @@ class Shards:
         for variable in variables:
             if id(variable) not in self.home:
                 alike.setdefault((variable.device, variable.dtype), []).append(variable)
-        for run in (run for mine in alike.values() for run in partition.runs(mine, self.part_bytes)):
+        for run in (run for mine in alike.values() for run in self._runs(mine)):
             part = Part(run, self.ranks)
             self.home |= {id(variable): (len(self.parts), i) for i, variable in enumerate(run)}
             self.own |= {id(variable): (None, 0, 0) for variable in run}
@@ -126,6 +125,10 @@ class Shards:
             self.incoming.append(Incoming(part, self.rank, self.settings.group, self._pool))
         for variable in variables:
             self._tell(owner, variable)
+
+    def _runs(self, variables: Sequence[Tensor]) -> list[list[Tensor]]:
+        sizes = [v.numel() * v.element_size() for v in variables]
+        return [[variables[i] for i in run] for run in layout.runs(sizes, self.part_bytes)]
 
     def _tell(self, owner: Any, variable: Tensor) -> None:
         """What was said of a variable counts for its piece."""
