@@ -89,8 +89,7 @@ class State:
                 if bucket.views[slot.name][index] is None:
                     made.append((bucket, slot.name, index))
                     view = bucket.view(slot.name, index)
-                    if slot.copied or slot.initial:  # add_slot may have made the buffer, of zeros
-                        view.copy_(variable.detach() if slot.copied else torch.tensor(slot.initial))
+                    _begin(view, slot, variable)
                     self.weights.append(view)
         except BaseException:  # Ctrl-C too: half-made slots would be taken for whole ones
             for bucket, name, index in made:
@@ -165,6 +164,14 @@ class State:
         self.buckets = {b.key: b for b in self.buckets.values()}
         for weight in (w for w in state["weights"] if isinstance(w, Tensor) and w.dim() == 0 and not w.is_meta):
             weight.data = weight.data.cpu()
+
+
+def _begin(view: Tensor, slot: Slot, variable: Tensor) -> None:
+    """Give a slot its first values."""
+    if slot.copied:
+        view.copy_(variable.detach())
+    elif slot.initial:  # add_slot may have made the buffer, of zeros
+        view.fill_(slot.initial)
 
 
 def _in_memory(iterations: Tensor) -> ctypes.c_int64:

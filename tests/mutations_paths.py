@@ -137,8 +137,8 @@ FLAT = group(
     (
         "variables flattened in row-major order",
         "_move_in",
-        "b.as_strided(segment.shape, segment.stride,",
-        "b.as_strided(segment.shape, layout.contiguous_stride(segment.shape),",
+        "place, view = segment.of(values), segment.of(grads)",
+        "place, view = (segment._replace(stride=layout.contiguous_stride(segment.shape)).of(b) for b in (values, grads))",
     ),
     ("warned in every step", "_warn", "self._warned = True", "pass"),
     ("zero_grad leaves None", "zero_grad", "variable.grad = view", "pass"),
