@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fused_kopt import clipping, collectives, norms
 
+_local, _spec = attrgetter("_local_tensor"), attrgetter("_spec")
 Groups = tuple[dist.ProcessGroup, ...]
 
 
@@ -23,8 +25,20 @@ def sharded() -> Any:
 
 def local(tensors: Sequence[Any]) -> list[Any]:
     """The memory of sharded tensors on this rank. `to_local()` takes 11 us for each."""
-    kind = sharded()
-    return [tensor._local_tensor if isinstance(tensor, kind) else tensor for tensor in tensors]
+    try:
+        return list(map(_local, tensors))
+    except AttributeError:  # plain tensors are among them; looking at each first would take as long again
+        kind = sharded()
+        return [_local(tensor) if isinstance(tensor, kind) else tensor for tensor in tensors]
+
+
+def specs(tensors: Sequence[Any]) -> list[Any]:
+    """What says where sharded tensors lie; None of plain ones."""
+    try:
+        return list(map(_spec, tensors))
+    except AttributeError:
+        kind = sharded()
+        return [_spec(tensor) if isinstance(tensor, kind) else None for tensor in tensors]
 
 
 def placed(gradients: Sequence[Any], params: Sequence[Any]) -> list[Any]:
