@@ -1,6 +1,7 @@
 """What ranks tell each other before they sum: every kind of disagreement is an error on every rank, and nothing has changed."""
 
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from support import randn
 from torch import Tensor
 
 import fused_kopt
-from fused_kopt import agreement, layout
+from fused_kopt import agreement, layout, stages
 from fused_kopt.distributed import AllReduce, shard
 from fused_kopt.errors import PeerError, RankMismatchError
 from fused_kopt.mixed_precision import LossScaleOptimizer
@@ -270,6 +271,20 @@ def test_F17_digests_find_one_bit_at_the_next_check(tmp_path: Path) -> None:
         assert first == second == 6
         assert "values of variable 3" in variable
         assert "v of the torch.float32 variables" in slot
+
+
+def test_a_look_holds_for_the_same_variables_and_takes_the_gradients_of_now() -> None:
+    mine, others = variables(), variables()
+    seen = stages.look(None, zip(gradients(0), mine, strict=True), None)
+    again = gradients(1)
+    assert stages.look(None, list(zip(again, mine, strict=True)), seen) is seen
+    assert all(map(operator.is_, seen.gradients, again))
+    new = stages.look(None, list(zip(again, others, strict=True)), seen)
+    assert new is not seen
+    assert all(map(operator.is_, new.variables, others))
+    for changed in ([None, *again[1:]], [again[0].double(), *again[1:]], [again[0].t().contiguous().t(), *again[1:]]):
+        assert stages.look(None, list(zip(changed, mine, strict=True)), seen) is not seen
+    assert stages.look(None, list(zip(again[:2], mine[:2], strict=True)), seen) is not seen
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -203,6 +203,18 @@ def collectives_of_a_step(rank: int) -> tuple[list[str], list[int]]:
     return log, [t.numel() for t in optimizer.weights]
 
 
+def sums_of_ones_own(rank: int) -> list[float]:
+    """What a caller's own aggregator returns is not summed again."""
+    variable = torch.zeros(3)
+    optimizer = shard(fused_kopt.SGD(1.0, gradient_aggregator=lambda pairs: [(torch.full_like(g, 5.0), v) for g, v in pairs]))
+    optimizer.apply_gradients([(torch.full((3,), float(rank)), variable)])
+    return variable.tolist()
+
+
+def test_an_aggregator_of_ones_own(tmp_path: Path) -> None:
+    assert ranks.run(sums_of_ones_own, 2, tmp_path) == [[-5.0] * 3] * 2
+
+
 def test_what_a_step_sends(tmp_path: Path) -> None:
     for log, sizes in ranks.run(collectives_of_a_step, 2, tmp_path):
         assert log == [
