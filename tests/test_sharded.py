@@ -16,7 +16,7 @@ from support import randn
 from torch import Tensor
 
 import fused_kopt
-from fused_kopt import checkpoint, slots
+from fused_kopt import checkpoint, layout, slots
 from fused_kopt.distributed import full_slot, partition, reduce_in_backward, shard
 from fused_kopt.mixed_precision import LossScaleOptimizer
 
@@ -62,7 +62,8 @@ def summed(world: int) -> Given:
     def given(step: int, dtype: torch.dtype) -> list[Tensor | None]:
         columns = zip(*(gradients(rank, step, dtype) for rank in range(world)), strict=True)
         there = [[g for g in column if g is not None] for column in columns]
-        return [torch.stack(column).sum(0) if column else None for column in there]
+        sums = [torch.stack(column).sum(0) if column else None for column in there]
+        return [layout.clone(sums[0], (1, 3)), *sums[1:]]  # laid out otherwise than its variable
 
     return given
 
@@ -204,15 +205,16 @@ def collectives_of_a_step(rank: int) -> tuple[list[str], list[int]]:
 
 
 def sums_of_ones_own(rank: int) -> list[float]:
-    """What a caller's own aggregator returns is not summed again."""
+    """What a caller's own aggregator returns is not summed again. Rank 1 has no elements, and counts steps all the same."""
     variable = torch.zeros(3)
     optimizer = shard(fused_kopt.SGD(1.0, gradient_aggregator=lambda pairs: [(torch.full_like(g, 5.0), v) for g, v in pairs]))
-    optimizer.apply_gradients([(torch.full((3,), float(rank)), variable)])
-    return variable.tolist()
+    for _ in range(2):
+        optimizer.apply_gradients([(torch.full((3,), float(rank)), variable)])
+    return [*variable.tolist(), int(optimizer.iterations)]
 
 
 def test_an_aggregator_of_ones_own(tmp_path: Path) -> None:
-    assert ranks.run(sums_of_ones_own, 2, tmp_path) == [[-5.0] * 3] * 2
+    assert ranks.run(sums_of_ones_own, 2, tmp_path) == [[-10.0] * 3 + [2]] * 2
 
 
 def test_what_a_step_sends(tmp_path: Path) -> None:
