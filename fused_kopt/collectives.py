@@ -1,6 +1,5 @@
 """torch.distributed's collectives on flat buffers: they are started, do their work beside other things, and fail in one way."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,17 +51,18 @@ def reduce_scatter(shard: Tensor, flat: Tensor, group: Group = None) -> Wait:
 
 def _summed(shard: Tensor, flat: Tensor, group: Group) -> Wait:
     """gloo's reduce-scatter is an all-reduce, of twice the bytes: this sends each rank its part, which it adds up in order of ranks."""
-    parts = torch.empty_like(flat)
-    sizes = [len(shard)] * size(group)
-    received = exchange(parts, flat, (sizes, sizes), group)
+    parts, sizes = torch.empty_like(flat), [len(shard)] * size(group)
+    held = [(parts, exchange(parts, flat, (sizes, sizes), group))]
+    del parts  # memory of a whole part, which must not outlive the first wait
 
-    @functools.cache  # whoever waits again must not add again
     def wait() -> None:
-        received()
-        first, *others = torch.split(parts, len(shard))
-        for other in others:
-            first.add_(other)
-        shard.copy_(first)
+        while held:
+            parts, received = held.pop()
+            received()
+            first, *others = torch.split(parts, len(shard))
+            for other in others:
+                first.add_(other)
+            shard.copy_(first)
 
     return wait
 
