@@ -60,6 +60,11 @@ class AllReduce:
             raise RuntimeError(f"This process is not a member of the process group and cannot aggregate gradients. {MEND}")
         return collectives.size(self.group) > 1
 
+    def compares(self, owner: Any, seen: Seen, agreed: int | None) -> bool:
+        """Whether values are due to be compared. agreed: the plan for which they were last."""
+        due = bool(self.check_every) and owner is not None and owner._state.steps_taken() % self.check_every == 0
+        return bool(seen.variables) and (due or agreed != seen.plan)
+
 
 class Part(NamedTuple):
     """What one collective sums."""
@@ -101,7 +106,9 @@ class Reduction:
         if flat is not None:
             flat.gather()  # every rank must call the same collectives, whatever gradients it has
         seen = self._look(owner, given)
-        codes = self._agreement.agree(stages.claim(owner, seen, lambda: replicas(owner, seen), self._compares(owner, seen)))
+        codes = self._agreement.agree(
+            stages.claim(owner, seen, lambda: replicas(owner, seen), self.settings.compares(owner, seen, self._agreed))
+        )
         self._agreed = seen.plan
         if flat is not None:
             self._wait([collectives.reduce(buffer.gradients, self.settings.group) for buffer in flat.buffers])
@@ -117,11 +124,6 @@ class Reduction:
                 self._places = {}
         self._seen = seen
         return seen
-
-    def _compares(self, owner: Any, seen: Seen) -> bool:
-        every = self.settings.check_every
-        due = every and owner is not None and owner._state.steps_taken() % every == 0
-        return bool(seen.variables) and (bool(due) or self._agreed != seen.plan)
 
     def _sum(self, seen: Seen, codes: Any) -> list[tuple[Tensor, Tensor]]:
         key = codes.tobytes()

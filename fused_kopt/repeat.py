@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
 from fused_kopt import clipping, execute, layout, tensors, verification
 from fused_kopt.buffers import Bucket
@@ -44,8 +43,7 @@ class Repeat:
     ) -> None:
         gradients, self.variables = zip(*pairs, strict=True)
         all_ = (*gradients, *self.variables, *slots)
-        layouts: Any = [list(t.shape) for t in all_], [list(t.stride()) for t in all_]
-        self.guards = TensorGuards(*all_, dynamic_dims_sizes=layouts[0], dynamic_dims_strides=layouts[1])
+        self.guards = tensors.guards(all_)
         self.executor, self.chosen = executor, tuple(chosen)
         self.computes = list(dict.fromkeys(update.bucket.compute for update in updates))
         self.fixed_addresses = list(map(_data_ptr, (*self.variables, *slots)))

@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
-from fused_kopt import agreement, gradients, hyperparameters, precision
+from fused_kopt import agreement, gradients, hyperparameters, precision, tensors
 from fused_kopt.agreement import Claim, Facts
 from fused_kopt.buffers import Bucket
 from fused_kopt.loss_scale import Guard
@@ -63,10 +62,9 @@ class Seen:
 
     def __init__(self, owner: Any, given: Sequence[tuple[Any, Any]]) -> None:
         """Raises what `apply_gradients` raises for gradients and variables, RuntimeError for a sparse gradient."""
-        checked = iter(gradients.check([pair for pair in given if pair[0] is not None]))
-        self.gradients: list[Tensor | None] = [None if g is None else next(checked)[0] for g, _ in given]
+        checked = gradients.check([(v if g is None else g, v) for g, v in given])
+        self.gradients: list[Tensor | None] = [None if g is None else c for (g, _), (c, _) in zip(given, checked, strict=True)]
         self.variables = [v for _, v in given]
-        gradients.check([(v.detach(), v) for v in self.variables])
         _refuse_sparse(self.gradients)
         if owner is not None:
             owner._check_known([(g, v) for g, v in zip(self.gradients, self.variables, strict=True) if g is not None])
@@ -76,9 +74,7 @@ class Seen:
         self.facts = facts(owner, self.variables)
         self.plan = agreement.hashed(self.facts)
         self._settings = None if owner is None else owner._repeats  # made anew where policies or multipliers change
-        tensors = [t for t in (*self.gradients, *self.variables) if t is not None]
-        layouts: Any = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-        self._guards = TensorGuards(*tensors, dynamic_dims_sizes=layouts[0], dynamic_dims_strides=layouts[1])
+        self._guards = tensors.guards([t for t in (*self.gradients, *self.variables) if t is not None])
 
     def again(self, owner: Any, found: Sequence[Any], variables: Sequence[Any]) -> bool:
         """Whether these gradients and variables are like those; if so, `gradients` are these."""
@@ -107,6 +103,14 @@ def look(owner: Any, given: Any, before: Seen | None) -> Seen:
     if before is not None and flat and before.again(owner, flat[::2], flat[1::2]):
         return before
     return Seen(owner, gradients.listed(pairs))
+
+
+def tell(owner: Any, variable: Tensor, piece: Tensor) -> None:
+    """What was said of a variable counts for what stands in its place."""
+    if id(variable) in owner._state.policies:
+        owner._state.policies[id(piece)] = (piece, owner._state.policies[id(variable)][1])
+    if id(variable) in owner._multipliers:
+        owner._multipliers[id(piece)] = (piece, owner._multipliers[id(variable)][1])
 
 
 def claim(owner: Any, seen: Seen, values: Callable[[], list[tuple[str, Tensor]]], compare: bool) -> Claim:

@@ -6,10 +6,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Above this the exact overlap search is refused and sharing is assumed.
 OVERLAP_WORK = 100_000
+
+
+def guards(tensors: Sequence[Tensor]) -> TensorGuards:
+    """A test, 0.1 us for each, of whether as many others have these types, dtypes, devices, shapes and strides."""
+    layouts: Any = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=layouts[0], dynamic_dims_strides=layouts[1])
 
 
 def describe(tensor: Tensor) -> str:

@@ -47,8 +47,8 @@ OFFLOAD = (
         ("averages do not go up", "publish", "for twin in twins if twin.numel()", "for twin in ()"),
         ("averages overtake the caller's work", "publish", "home.buffer.link.begin()", "pass"),
         ("averages start from nothing", "fetch", "if h.version != h.variable._version and h.twin.numel()", "if False"),
-        ("policies stay behind", "_add", "if id(variable) in state.policies:", "if False:"),
-        ("rates stay behind", "_scale", "if id(home.variable) in owner._multipliers:", "if False:"),
+        ("settings stay behind", "_add", "stages.tell(owner, variable, twin)", "pass"),
+        ("later rates stay behind", "follow", "stages.tell(owner, home.variable, home.twin)", "pass"),
         ("a part for all", "settle", "self._parts += chosen is None", "pass"),
     ),
     *group(

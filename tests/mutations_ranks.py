@@ -33,7 +33,7 @@ RANKS = (
         AGREEMENT,
         "fused_kopt/aggregate.py",
         ("slots of ranks not compared", "replicas", "return found + [", "return found or ["),
-        ("compared at first only", "_compares", "bool(due) or ", ""),
+        ("compared at first only", "compares", "due or ", ""),
         ("places of other variables", "_look", "self._places = {}", "pass"),
     ),
     *group(
@@ -46,7 +46,7 @@ RANKS = (
         ("autograd not told of shards", "_wait", "torch.autograd.graph.increment_version(self.parts[number].variables)", "pass"),
         ("elements numbered by share", "_number", "first + start)", "start)"),
         ("numbers in order of parts", "_number", "kind = owner._state.key(variable)[:3]", "kind = self.home[id(variable)][0]"),
-        ("multipliers stay with variables", "_tell", "owner._multipliers[id(piece)] = ", "_ = "),
+        ("pieces are not told", "_tell", "stages.tell(owner, variable, piece)", "pass"),
         ("summed twice", "enter", "given, aggregated = owner._aggregator(given), False", "given = owner._aggregator(given)"),
         ("moved variables forgotten", "enter", "part.bring_back()", "pass"),
         ("twice in one step", "_look", "len({id(v) for v in seen.variables}) < len(seen.variables)", "False"),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kopt import layout, tensors
+from fused_kopt import layout, stages, tensors
 from fused_kopt.distributed import transfers
 from fused_kopt.distributed.transfers import Link
 from fused_kopt.errors import StaleVariableError
@@ -120,9 +120,7 @@ class Homes:
             state.parts[id(twin)] = (twin, part, number)
             self._found[id(variable)] = Home(variable, twin, segment, buffer, variable.data_ptr())
             self._pieces[id(variable)] = (twin, 0, twin.numel())
-            if id(variable) in state.policies:
-                state.policies[id(twin)] = (twin, state.policies[id(variable)][1])
-            self._scale(owner, self._found[id(variable)])
+            stages.tell(owner, variable, twin)
 
     def fetch(self, variables: Sequence[Tensor]) -> None:
         """Bring twins up to date, and wait for it."""
@@ -153,8 +151,4 @@ class Homes:
                     raise ValueError(f"A variable ({what}) has slots already. Call set_precision() before its first step.")
                 del self._found[key], self._pieces[key]
             else:
-                self._scale(owner, home)
-
-    def _scale(self, owner: Any, home: Home) -> None:
-        if id(home.variable) in owner._multipliers:
-            owner._multipliers[id(home.twin)] = (home.twin, owner._multipliers[id(home.variable)][1])
+                stages.tell(owner, home.variable, home.twin)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
 from fused_kopt import layout, tensors
 from fused_kopt.distributed import transfers
@@ -108,8 +107,7 @@ class Plan:
         """keys: of each twin's bucket."""
         gradients, self.variables = zip(*pairs, strict=True)
         all_ = (*gradients, *self.variables)
-        layouts: Any = [list(t.shape) for t in all_], [list(t.stride()) for t in all_]
-        self._guards = TensorGuards(*all_, dynamic_dims_sizes=layouts[0], dynamic_dims_strides=layouts[1])
+        self._guards = tensors.guards(all_)
         self._addresses = list(map(_data_ptr, self.variables))
         self._sizes = np.array([g.numel() * g.element_size() for g in gradients])
         self._written = tensors.Written(self.variables)

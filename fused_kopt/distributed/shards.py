@@ -35,7 +35,7 @@ class Shards:
         self.own: dict[int, Piece] = {}  # by id of a variable: its piece here
         self._agreement = Agreement(settings.group)
         self.incoming: list[Incoming] = []  # by part
-        self.backward = Backward(self)
+        self.backward = Backward(self.home, self.incoming)
         self._pool = Pool()
         self._numbered: dict[int, int] = {}  # by id of a variable that has slots: its first element's number
         self._ends: dict[Any, int] = {}  # the next number of each kind of variables
@@ -93,8 +93,7 @@ class Shards:
         return seen
 
     def _claim(self, owner: Any, seen: Seen, aggregated: bool) -> Any:
-        due = self.settings.check_every and owner._state.steps_taken() % self.settings.check_every == 0
-        claim = stages.claim(owner, seen, lambda: replicas(None, seen), bool(seen.variables) and (bool(due) or self._agreed != seen.plan))
+        claim = stages.claim(owner, seen, lambda: replicas(None, seen), self.settings.compares(owner, seen, self._agreed))
         codes = self.backward.added(seen)
         how = "summed by the step" if aggregated else f"whole, present {hashed([('', codes.tobytes().hex())])}"
         return claim._replace(codes=codes, numbers=[*claim.numbers, ("how gradients come", how)])
@@ -133,10 +132,8 @@ class Shards:
     def _tell(self, owner: Any, variable: Tensor) -> None:
         """What was said of a variable counts for its piece."""
         piece = self.own.get(id(variable), (None, 0, 0))[0]
-        if piece is not None and id(variable) in owner._state.policies:
-            owner._state.policies[id(piece)] = (piece, owner._state.policies[id(variable)][1])
-        if piece is not None and id(variable) in owner._multipliers:
-            owner._multipliers[id(piece)] = (piece, owner._multipliers[id(variable)][1])
+        if piece is not None:
+            stages.tell(owner, variable, piece)
 
     def _number(self, owner: Any, variables: Sequence[Tensor]) -> None:
         """Count the elements of variables that get slots now, as an optimizer that keeps everything would."""
